@@ -1,0 +1,78 @@
+//! Names, keys and sizes of the maps, and names of the load-time constants.
+
+use core::mem::size_of;
+
+/// Records by slot. Array, `u32` → [`Endpoint`](super::Endpoint). Slot 0 is never used: an index of 0 means "none".
+pub const ENDPOINT: &str = "ENDPOINT";
+/// (parent index × [`VLANS`] + VLAN id) → slot. Array of `u32`.
+pub const SUBENI: &str = "SUBENI";
+/// Host-side interface index → slot. Hash, `u32` → `u32`.
+pub const POD_IF: &str = "POD_IF";
+/// Address of a pod on this node → slot. Hash, `[u8; 4]` → `u32`.
+pub const POD_IP4: &str = "POD_IP4";
+/// IPv6 address of a pod on this node → slot. Hash, `[u8; 16]` → `u32`. Filled, and not yet asked by the programs.
+pub const POD_IP6: &str = "POD_IP6";
+/// Destinations that are not left to the wire. LPM trie, prefix → [`host_dst`] flags.
+pub const HOST_DST: &str = "HOST_DST";
+/// Virtual addresses of load balancers, which go to the wire whatever `HOST_DST` says. Hash, [`VipKey`] → `u32` (1).
+pub const VIPS: &str = "VIPS";
+/// Remembered flows. LRU hash, [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow).
+pub const FLOWS: &str = "FLOWS";
+/// Whether a pod has, or had, a remembered flow or fragment. Array by endpoint id of `u32`, 0 or 1.
+pub const FLOW_MARK: &str = "FLOW_MARK";
+/// First fragments seen. LRU hash, [`FragmentKey`](super::FragmentKey) → [`Fragment`](super::Fragment).
+pub const FRAGS: &str = "FRAGS";
+/// Packets and bytes. Per-CPU array by endpoint id (0 = no pod) of [`CounterRow`](super::CounterRow).
+pub const COUNTERS: &str = "COUNTERS";
+
+/// All maps, in the order of creation.
+pub const ALL: [&str; 11] =
+    [ENDPOINT, SUBENI, POD_IF, POD_IP4, POD_IP6, HOST_DST, VIPS, FLOWS, FLOW_MARK, FRAGS, COUNTERS];
+
+/// Load-time constant (`u8`): 1 = pod-to-pod traffic on the node takes the fast path, 0 = everything hairpins.
+pub const FAST_PATH: &str = "FAST_PATH";
+/// Load-time constant (`u32`): index of the parent ENI that the programs are attached to.
+pub const PARENT_INDEX: &str = "PARENT_INDEX";
+/// Load-time constant (`u8`): 1 = `eni_xdp` also delivers what it wins at, 0 = it only guards.
+pub const XDP_REDIRECT: &str = "XDP_REDIRECT";
+
+/// Entries of `SUBENI` for each parent: all values of a 12-bit VLAN id.
+pub const VLANS: u32 = 4096;
+/// Parent ENIs that a node may have.
+pub const MAX_PARENTS: u32 = 8;
+/// Pods that a node may have unless configured otherwise.
+pub const DEFAULT_ENDPOINTS: u32 = 1024;
+/// Slots for each pod: a change takes a second one, and the old one rests for a grace period.
+pub const SLOTS_PER_ENDPOINT: u32 = 2;
+/// Flows remembered unless configured otherwise.
+pub const DEFAULT_FLOWS: u32 = 65_536;
+/// Entries of `HOST_DST`.
+pub const MAX_HOST_DST: u32 = 256;
+/// Entries of `VIPS`.
+pub const MAX_VIPS: u32 = 16_384;
+/// Entries of `FRAGS`.
+pub const MAX_FRAGS: u32 = 4096;
+
+/// Flags of `HOST_DST`.
+pub mod host_dst {
+    /// The destination is served by the node's stack.
+    pub const HOST: u32 = 1;
+    /// Pods may not reach the destination at all (the cloud's metadata service, unless allowed).
+    pub const DENY: u32 = 2;
+}
+
+/// Key of map `VIPS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct VipKey {
+    /// The virtual address.
+    pub addr: [u8; 4],
+    /// The port; 0 where the protocol has none.
+    pub port: u16,
+    /// IP protocol number.
+    pub proto: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+const _: () = assert!(size_of::<VipKey>() == 8);

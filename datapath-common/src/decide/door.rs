@@ -1,0 +1,114 @@
+//! Doors (ARCHITECTURE.md, "Doors"): a reply leaves through the door that its flow came in by.
+//!
+//! The default door of a packet is a function of its destination. Where a request came in by another door than its
+//! reply would take, the flow is remembered; a new request by the default door forgets it again.
+
+use crate::{
+    abi::{Door, Endpoint, Flow, FlowKey, FragmentKey, Origin, Outcome, maps::host_dst},
+    packet::{
+        ipv4::{Ipv4, Part, TCP},
+        l4::Role,
+    },
+    tables::Tables,
+};
+
+/// The flow of a packet that the pod receives.
+#[inline(always)]
+pub const fn inbound_key(pod: &Endpoint, ip: &Ipv4) -> FlowKey {
+    key(pod.id, ip.src, ip.l4.src_port, ip.l4.dst_port, ip.l4.proto)
+}
+
+/// The flow of a packet that the pod sends.
+#[inline(always)]
+pub const fn outbound_key(pod: &Endpoint, ip: &Ipv4) -> FlowKey {
+    key(pod.id, ip.dst, ip.l4.dst_port, ip.l4.src_port, ip.l4.proto)
+}
+
+#[inline(always)]
+const fn key(id: u32, remote: [u8; 4], remote_port: u16, local_port: u16, proto: u8) -> FlowKey {
+    FlowKey { id, remote, remote_port, local_port, proto, pad: [0; 3] }
+}
+
+/// The key of a fragmented datagram that the pod sends or receives.
+#[inline(always)]
+pub(super) const fn fragment_key(pod: &Endpoint, ip: &Ipv4) -> FragmentKey {
+    FragmentKey { src: ip.src, dst: ip.dst, id: pod.id, ident: ip.ident, proto: ip.proto, pad: 0 }
+}
+
+/// The memory of a flow, unless it is void.
+#[inline(always)]
+pub(super) fn recall<'t, T: Tables>(tables: &'t T, key: &FlowKey) -> Option<&'t Flow> {
+    let flow = tables.flow(key)?;
+    if key.proto == TCP || flow.alive(tables.now()) { Some(flow) } else { None }
+}
+
+/// The door that a pod's reply to `remote` takes when nothing is remembered.
+///
+/// The fast path counts as the default towards every pod of the node, even where it is switched off: the memory then
+/// stands when it is switched on.
+#[inline(always)]
+pub(super) fn reply_door<T: Tables>(tables: &T, remote: [u8; 4]) -> Door {
+    if tables.pod_by_ipv4(remote) != 0 {
+        Door::Local
+    } else if tables.host_dst(remote) & host_dst::HOST != 0 {
+        Door::Host
+    } else {
+        Door::Wire
+    }
+}
+
+/// Remembers, or forgets, as a packet reaches `pod` by door `arrived` whose reply would take `default`. Returns the
+/// remark to count.
+#[inline(always)]
+pub(super) fn arrival<T: Tables>(
+    tables: &T,
+    pod: &Endpoint,
+    ip: &Ipv4,
+    arrived: Door,
+    default: Door,
+) -> Option<Outcome> {
+    if matches!(ip.part, Part::Later) || matches!(ip.l4.role, Role::Reports) {
+        return None;
+    }
+    let differs = default as u8 != arrived as u8;
+    if !differs && !tables.marked(pod.id) {
+        return None;
+    }
+    let key = inbound_key(pod, ip);
+    let known = recall(tables, &key);
+    let opens = matches!(ip.l4.role, Role::Opens | Role::Either);
+    if !differs {
+        if known.is_some() && opens {
+            tables.forget(&key);
+        }
+        return None;
+    }
+    let Some(known) = known else {
+        tables.remember(&key, &memory(tables, arrived, Origin::Inbound));
+        return Some(if opens { Outcome::FlowRemembered } else { Outcome::FlowRelearned });
+    };
+    if known.door == arrived as u8 && known.origin == Origin::Inbound as u8 {
+        refresh(tables, &key, known);
+    } else if opens {
+        tables.remember(&key, &memory(tables, arrived, Origin::Inbound));
+        return Some(Outcome::FlowRemembered);
+    }
+    None
+}
+
+/// Writes a memory again for its time stamp's sake: only where that matters, and not for every packet.
+#[inline(always)]
+pub(super) fn refresh<T: Tables>(tables: &T, key: &FlowKey, known: &Flow) {
+    if key.proto == TCP {
+        return;
+    }
+    let seen = tables.now();
+    if seen.wrapping_sub(known.seen) >= Flow::REFRESH {
+        tables.remember(key, &Flow { door: known.door, origin: known.origin, pad: [0; 2], seen });
+    }
+}
+
+#[inline(always)]
+pub(super) fn memory<T: Tables>(tables: &T, door: Door, origin: Origin) -> Flow {
+    Flow { door: door as u8, origin: origin as u8, pad: [0; 2], seen: tables.now() }
+}

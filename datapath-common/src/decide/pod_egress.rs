@@ -1,0 +1,198 @@
+//! From a pod, at the host side of its veth: whether it may send this, and by which door it leaves.
+//!
+//! Ways: [`Outcome::Wire`] (tagged onto the parent ENI, from the pod's MAC on the wire to the gateway's),
+//! [`Outcome::WireArp`] (the same, but to the MAC that the frame has), [`Outcome::Local`] (into `to`, another pod of this
+//! node, from the gateway's MAC to that pod's), [`Outcome::Host`] (to the node's stack), [`Outcome::ArpAnswered`] (back to
+//! the pod, turned into the answer to its ARP request for the gateway).
+
+use super::{
+    Decision,
+    door::{arrival, fragment_key, outbound_key, recall, refresh},
+    same, same_mac,
+};
+use crate::{
+    abi::{Door, Endpoint, Origin, Outcome, maps::host_dst},
+    packet::{
+        self, Frame,
+        arp::{self, Arp},
+        ipv4::{self, ICMP, Ipv4, Part, UDP},
+        l4,
+        link::{self, Link, Tag},
+    },
+    tables::Tables,
+};
+
+/// Decides on a frame that arrives at the host side interface `ifindex` of a pod. `gso_size` is the payload of one segment
+/// in bytes where the frame stands for several (`skb->gso_size`), else 0.
+#[inline(always)]
+pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+    ifindex: u32,
+    gso_size: u32,
+) -> Decision<'t> {
+    let Some(pod) = tables.endpoint(tables.pod_by_ifindex(ifindex)) else {
+        return Decision::unknown(Outcome::UnknownPod);
+    };
+    let link = match own_link(pod, frame, tag) {
+        Ok(link) => link,
+        Err(reason) => return Decision::new(reason, pod),
+    };
+    match link.ethertype {
+        packet::IPV4 => match own_ipv4(pod, frame, &link) {
+            Ok(ip) => {
+                let headers = ip.header_len + ip.l4.header_len;
+                let size =
+                    if gso_size == 0 { frame.len() - link.header_len as u32 } else { gso_size + headers };
+                route(tables, pod, &ip, size)
+            }
+            Err(reason) => Decision::new(reason, pod),
+        },
+        packet::ARP => match arp::parse(frame, link.header_len) {
+            Ok(arp) => Decision::new(speak_arp(pod, &arp), pod),
+            Err(reason) => Decision::new(reason, pod),
+        },
+        ethertype => Decision::new(packet::refuse(frame, ethertype, link.header_len), pod),
+    }
+}
+
+/// What leaves a pod carries no tag and the pod's MAC.
+#[inline(always)]
+fn own_link<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, tag: Option<Tag>) -> Result<Link, Outcome> {
+    let link = match link::parse(frame, tag) {
+        Ok(link) => link,
+        Err(Outcome::DoubleTag) => return Err(Outcome::TaggedByPod),
+        Err(reason) => return Err(reason),
+    };
+    if link.tagged {
+        return Err(Outcome::TaggedByPod);
+    }
+    if !same_mac(link.src, pod.mac) {
+        return Err(Outcome::SourceMac);
+    }
+    Ok(link)
+}
+
+/// The sender is the pod; an address probe (RFC 5227) has no address yet. The gateway is answered for.
+#[inline(always)]
+fn speak_arp(pod: &Endpoint, arp: &Arp) -> Outcome {
+    let requests = arp.operation == arp::REQUEST;
+    let own = same(arp.sender, pod.ipv4) || requests && same(arp.sender, [0; 4]);
+    if !own || !same_mac(arp.sender_mac, pod.mac) {
+        Outcome::ArpSpoof
+    } else if requests && same(arp.target, pod.gateway_ipv4) {
+        Outcome::ArpAnswered
+    } else {
+        Outcome::WireArp
+    }
+}
+
+/// The source is the pod, and it says nothing that only a router or a server may say.
+#[inline(always)]
+fn own_ipv4<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, link: &Link) -> Result<Ipv4, Outcome> {
+    const DHCP_SERVER: u16 = 67;
+    const DHCP_CLIENT: u16 = 68;
+    let ip = ipv4::parse(frame, link.header_len)?;
+    if !same(ip.src, pod.ipv4) {
+        return Err(Outcome::SourceAddress);
+    }
+    if ipv4::is_multicast(ip.dst) {
+        return Err(Outcome::Multicast);
+    }
+    if ip.proto == UDP && ip.l4.src_port == DHCP_SERVER && ip.l4.dst_port == DHCP_CLIENT {
+        return Err(Outcome::DhcpServer);
+    }
+    if ip.proto == ICMP && ip.l4.icmp_type == l4::REDIRECT {
+        return Err(Outcome::IcmpRedirect);
+    }
+    if ip.proto == ICMP && ip.l4.icmp_type == l4::ROUTER_ADVERTISEMENT {
+        return Err(Outcome::RouterAdvertisement);
+    }
+    Ok(ip)
+}
+
+/// Chooses the door: the remembered one, else by destination. `size` is the length in bytes of the largest IP packet that
+/// the frame stands for.
+#[inline(always)]
+fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) -> Decision<'t> {
+    let first = matches!(ip.part, Part::First);
+    let remembered = if tables.marked(pod.id) { remembered(tables, pod, ip) } else { None };
+    let outcome = match remembered {
+        Some(Door::Host) => Outcome::Host,
+        Some(Door::Wire) => Outcome::Wire,
+        // Fragments only: no flow is remembered by this door.
+        Some(Door::Local) => match tables.endpoint(tables.pod_by_ipv4(ip.dst)) {
+            Some(to) => return Decision { to: Some(to), ..Decision::new(Outcome::Local, pod) },
+            None => Outcome::Wire,
+        },
+        None => {
+            let later = matches!(ip.part, Part::Later);
+            if let Some(to) = tables.endpoint(tables.pod_by_ipv4(ip.dst)) {
+                if !later {
+                    return local(tables, pod, to, ip, size);
+                }
+                // A fragment without a first one: the wire.
+                Outcome::Wire
+            } else {
+                by_destination(tables, ip, later)
+            }
+        }
+    };
+    if first && matches!(outcome, Outcome::Host) {
+        tables.remember_fragment(&fragment_key(pod, ip), Door::Host);
+    }
+    Decision::new(outcome, pod)
+}
+
+#[inline(always)]
+fn remembered<T: Tables>(tables: &T, pod: &Endpoint, ip: &Ipv4) -> Option<Door> {
+    if matches!(ip.part, Part::Later) {
+        return tables.fragment(&fragment_key(pod, ip));
+    }
+    let key = outbound_key(pod, ip);
+    let known = recall(tables, &key)?;
+    if known.origin != Origin::Inbound as u8 {
+        return None;
+    }
+    refresh(tables, &key, known);
+    if known.door == Door::Host as u8 { Some(Door::Host) } else { Some(Door::Wire) }
+}
+
+/// The fast path, where it is allowed and gives what the wire would give.
+#[inline(always)]
+fn local<'t, T: Tables>(
+    tables: &'t T,
+    pod: &'t Endpoint,
+    to: &'t Endpoint,
+    ip: &Ipv4,
+    size: u32,
+) -> Decision<'t> {
+    // To itself: the wire, which returns it to be dropped with its own reason.
+    if !tables.fast_path() || to.id == pod.id {
+        return Decision::new(Outcome::Wire, pod);
+    }
+    // The wire answers this one with "fragmentation needed".
+    if size > u32::from(to.mtu) {
+        return Decision { remark: Some(Outcome::TooBigForLocal), ..Decision::new(Outcome::Wire, pod) };
+    }
+    if matches!(ip.part, Part::First) {
+        tables.remember_fragment(&fragment_key(pod, ip), Door::Local);
+    }
+    let remark = arrival(tables, to, ip, Door::Local, Door::Local);
+    Decision { remark, to: Some(to), ..Decision::new(Outcome::Local, pod) }
+}
+
+/// Whether the destination is the node's stack's, or nobody's. A later fragment lacks the port that tells a virtual
+/// address of a load balancer from the node's own: it takes the wire.
+#[inline(always)]
+fn by_destination<T: Tables>(tables: &T, ip: &Ipv4, later: bool) -> Outcome {
+    let flags = tables.host_dst(ip.dst);
+    if flags & host_dst::DENY != 0 {
+        Outcome::DeniedDestination
+    } else if flags & host_dst::HOST != 0 && !later && !tables.is_vip(ip.dst, ip.l4.dst_port, ip.proto) {
+        Outcome::Host
+    } else {
+        Outcome::Wire
+    }
+}

@@ -1,0 +1,36 @@
+//! The tables that decisions are made over.
+
+use crate::abi::{Door, Endpoint, Flow, FlowKey, FragmentKey};
+
+/// The tables as a decision sees them. The kernel programs answer from the BPF maps; the host answers from
+/// in-memory tables (tests) or from the pinned maps (`eniway trace`).
+pub trait Tables {
+    /// Slot of the pod that has this VLAN id on the parent the program is attached to; 0 = none. `vid` is below 4096.
+    fn subeni(&self, vid: u16) -> u32;
+    /// Slot of the pod behind a host-side interface; 0 = none.
+    fn pod_by_ifindex(&self, ifindex: u32) -> u32;
+    /// Slot of the pod with this address on this node; 0 = none.
+    fn pod_by_ipv4(&self, address: [u8; 4]) -> u32;
+    /// The record in a slot.
+    fn endpoint(&self, slot: u32) -> Option<&Endpoint>;
+    /// Flags ([`host_dst`](crate::abi::maps::host_dst)) of the longest prefix that holds the address; 0 = none.
+    fn host_dst(&self, address: [u8; 4]) -> u32;
+    /// Whether a load balancer serves (address, port, protocol).
+    fn is_vip(&self, address: [u8; 4], port: u16, proto: u8) -> bool;
+    /// Whether the pod with this id has, or had, a remembered flow or fragment.
+    fn marked(&self, id: u32) -> bool;
+    /// The memory of a flow.
+    fn flow(&self, key: &FlowKey) -> Option<&Flow>;
+    /// Where the first fragment of a datagram went.
+    fn fragment(&self, key: &FragmentKey) -> Option<Door>;
+    /// Seconds of the monotonic clock.
+    fn now(&self) -> u32;
+    /// Remembers a flow, and marks its pod.
+    fn remember(&self, key: &FlowKey, flow: &Flow);
+    /// Forgets a flow.
+    fn forget(&self, key: &FlowKey);
+    /// Remembers where the first fragment of a datagram went, and marks its pod.
+    fn remember_fragment(&self, key: &FragmentKey, door: Door);
+    /// Whether pod-to-pod traffic on the node may take the fast path.
+    fn fast_path(&self) -> bool;
+}

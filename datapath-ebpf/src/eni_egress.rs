@@ -1,0 +1,37 @@
+//! tc egress of the parent ENI: what the node's stack sends in a pod's name is tagged.
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use datapath_common::{
+    abi::{Direction, Endpoint, Outcome},
+    decide::eni_egress::decide,
+};
+
+use crate::{
+    count::count_decision,
+    ctx::{self, Skb, out_of},
+    maps::Kernel,
+};
+
+#[classifier]
+pub fn eni_egress(ctx: TcContext) -> i32 {
+    let skb = Skb::new(&ctx);
+    let mut decision = decide(&Kernel, &skb, skb.tag());
+    let (Outcome::Wire, Some(pod)) = (decision.outcome, decision.pod) else { return ctx::NEXT };
+    let load = skb.load_of();
+    let action = ctx::or_truncated(tag(&skb, pod), &mut decision);
+    count_decision(&decision, Direction::Egress, load);
+    action
+}
+
+/// Tags the frame; one that was routed to another parent than its pod's moves there.
+#[inline(always)]
+fn tag(skb: &Skb, pod: &Endpoint) -> Option<i32> {
+    skb.set_dst_mac(pod.gateway_mac)?;
+    skb.set_src_mac(pod.wire_mac)?;
+    skb.push_tag(pod.vid)?;
+    if pod.parent_ifindex == skb.ifindex() {
+        Some(ctx::NEXT)
+    } else {
+        Some(out_of(pod.parent_ifindex) as i32)
+    }
+}

@@ -1,0 +1,43 @@
+//! tc ingress of the parent ENI: from the fabric to the pods.
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use datapath_common::{
+    abi::{Direction, Endpoint, Outcome},
+    decide::{Decision, eni_ingress::decide},
+};
+
+use crate::{
+    count::count_decision,
+    ctx::{self, Skb, into_pod},
+    maps::Kernel,
+};
+
+#[classifier]
+pub fn eni_ingress(ctx: TcContext) -> i32 {
+    let skb = Skb::new(&ctx);
+    let load = skb.load_of();
+    let mut decision = decide(&Kernel, &skb, skb.tag());
+    let action = act(&skb, &mut decision);
+    count_decision(&decision, Direction::Ingress, load);
+    action
+}
+
+#[inline(always)]
+fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
+    let action = match (decision.outcome, decision.pod) {
+        (Outcome::Untagged, _) => Some(ctx::NEXT),
+        (Outcome::Wire, Some(pod)) => deliver(skb, pod),
+        (Outcome::HostReturn, Some(_)) => skb.pop_tag().map(|()| skb.accept()),
+        _ => Some(ctx::SHOT),
+    };
+    ctx::or_truncated(action, decision)
+}
+
+#[inline(always)]
+fn deliver(skb: &Skb, pod: &Endpoint) -> Option<i32> {
+    if pod.wire_mac != pod.mac {
+        skb.set_dst_mac(pod.mac)?;
+    }
+    skb.pop_tag()?;
+    Some(into_pod(pod.ifindex))
+}

@@ -1,0 +1,49 @@
+//! XDP on the parent ENI: drops early what no pod may have, and in redirect mode delivers what it wins at. Everything else
+//! goes on to `eni_ingress`, which decides by the same functions.
+
+use aya_ebpf::{macros::xdp, programs::XdpContext};
+use datapath_common::{
+    abi::{Direction, Endpoint, Outcome, outcome::Kind},
+    decide::eni_ingress::{admit, route},
+    packet::ipv4::{Ipv4, Part, TCP},
+};
+
+use crate::{
+    config,
+    count::count_decision,
+    ctx::{self, Buff, out_of},
+    maps::Kernel,
+};
+
+#[xdp(frags)]
+pub fn eni_xdp(ctx: XdpContext) -> u32 {
+    let frame = Buff::new(&ctx);
+    let mut won = false;
+    let mut decision = admit(&Kernel, &frame, None, |pod, ip| {
+        won = config::XDP_REDIRECT.load() != 0 && wins_at(ip);
+        if won { Some(route(&Kernel, pod, ip)) } else { None }
+    });
+    let load = frame.load_of();
+    let action = match (decision.outcome, decision.pod) {
+        (Outcome::Wire, Some(pod)) if won => ctx::or_truncated(deliver(&frame, pod), &mut decision),
+        (outcome, _) if outcome.kind() as u8 != Kind::Drop as u8 => return ctx::XDP_PASS,
+        _ => ctx::XDP_DROP,
+    };
+    count_decision(&decision, Direction::Ingress, load);
+    action
+}
+
+/// TCP is better off with GRO and the checksum state that a frame cannot carry; the rest may skip the skb on this side.
+#[inline(always)]
+fn wins_at(ip: &Ipv4) -> bool {
+    ip.proto != TCP && matches!(ip.part, Part::Whole)
+}
+
+#[inline(always)]
+fn deliver(frame: &Buff, pod: &Endpoint) -> Option<u32> {
+    if pod.wire_mac != pod.mac {
+        frame.set_dst_mac(pod.mac)?;
+    }
+    frame.pop_tag()?;
+    Some(out_of(pod.ifindex) as u32)
+}

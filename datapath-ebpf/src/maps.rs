@@ -1,0 +1,150 @@
+//! All maps, and the decisions' view of them. Layouts, and what each is for: `datapath_common::abi::maps`. Sizes here are
+//! the defaults; the loader sets the configured ones.
+
+use aya_ebpf::{
+    helpers::generated::bpf_ktime_get_coarse_ns,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
+};
+use datapath_common::{
+    abi::{
+        CounterRow, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+        maps::{
+            DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS, MAX_VIPS,
+            SLOTS_PER_ENDPOINT, VLANS, VipKey,
+        },
+    },
+    tables::Tables,
+};
+
+use crate::config;
+
+/// Written by the agent, before any index points at the slot; read by every hook; lives as long as an index points at it.
+#[map]
+static ENDPOINT: Array<Endpoint> = Array::with_max_entries(DEFAULT_ENDPOINTS * SLOTS_PER_ENDPOINT + 1, 0);
+/// Written by the agent; read by `eni_xdp` and `eni_ingress`; lives as long as the pod.
+#[map]
+static SUBENI: Array<u32> = Array::with_max_entries(MAX_PARENTS * VLANS, 0);
+/// Written by the agent; read by `pod_egress` and `pod_ingress`; lives as long as the pod.
+#[map]
+static POD_IF: HashMap<u32, u32> = HashMap::with_max_entries(DEFAULT_ENDPOINTS, 0);
+/// Written by the agent; read by every hook; lives as long as the pod.
+#[map]
+static POD_IP4: HashMap<[u8; 4], u32> = HashMap::with_max_entries(DEFAULT_ENDPOINTS, 0);
+/// Written by the agent; read by none until IPv6 is forwarded; lives as long as the pod.
+#[map]
+static POD_IP6: HashMap<[u8; 16], u32> = HashMap::with_max_entries(DEFAULT_ENDPOINTS, 0);
+/// Written by the agent; read by every hook but `eni_egress`; lives as long as the configuration names it.
+#[map]
+static HOST_DST: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MAX_HOST_DST, BPF_F_NO_PREALLOC);
+/// Written by the agent; read by `pod_egress`; lives as long as the load balancer.
+#[map]
+static VIPS: HashMap<VipKey, u32> = HashMap::with_max_entries(MAX_VIPS, BPF_F_NO_PREALLOC);
+/// Written here when a flow's door changes, flushed by the agent with its pod; read by every hook; the least recently
+/// used entry makes room.
+#[map]
+static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(DEFAULT_FLOWS, 0);
+/// Set here, cleared by the agent with its pod; read by every hook.
+#[map]
+static FLOW_MARK: Array<u32> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
+/// Written here by first fragments; read by `pod_egress` and `eni_ingress`; the least recently used entry makes room.
+#[map]
+static FRAGS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(MAX_FRAGS, 0);
+/// Written here, zeroed by the agent with its pod.
+#[map]
+pub static COUNTERS: PerCpuArray<CounterRow> = PerCpuArray::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
+
+const BPF_F_NO_PREALLOC: u32 = aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+
+/// The pinned maps as the decisions see them.
+pub struct Kernel;
+
+impl Tables for Kernel {
+    #[inline(always)]
+    fn subeni(&self, vid: u16) -> u32 {
+        SUBENI.get(config::PARENT_INDEX.load() * VLANS + u32::from(vid)).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn pod_by_ifindex(&self, ifindex: u32) -> u32 {
+        // SAFETY: the value is copied at once; the agent may replace, never free it under us (RCU).
+        unsafe { POD_IF.get(&ifindex) }.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn pod_by_ipv4(&self, address: [u8; 4]) -> u32 {
+        // SAFETY: as above.
+        unsafe { POD_IP4.get(&address) }.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn endpoint(&self, slot: u32) -> Option<&Endpoint> {
+        if slot == 0 { None } else { ENDPOINT.get(slot) }
+    }
+
+    #[inline(always)]
+    fn host_dst(&self, address: [u8; 4]) -> u32 {
+        HOST_DST.get(&Key::new(32, address)).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn is_vip(&self, addr: [u8; 4], port: u16, proto: u8) -> bool {
+        VIPS.get_ptr(&VipKey { addr, port, proto, pad: 0 }).is_some()
+    }
+
+    #[inline(always)]
+    fn marked(&self, id: u32) -> bool {
+        FLOW_MARK.get(id).copied().unwrap_or(0) != 0
+    }
+
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey) -> Option<&Flow> {
+        // SAFETY: the memory stays mapped for the program's run. The kernel may reuse an LRU entry while it is read (it
+        // does not wait for readers of preallocated entries): at worst this packet takes some other flow's door.
+        unsafe { FLOWS.get(key) }
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<Door> {
+        // SAFETY: as above.
+        unsafe { FRAGS.get(key) }.and_then(|fragment| Door::from_u8(fragment.door))
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        // SAFETY: the helper takes no argument. Kernel 5.11 and later.
+        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
+    }
+
+    // A full LRU map makes room by itself; what still fails leaves the flow its default door, as a lost entry does.
+    #[inline(always)]
+    fn remember(&self, key: &FlowKey, flow: &Flow) {
+        mark(key.id);
+        let _ = FLOWS.insert(key, flow, 0);
+    }
+
+    #[inline(always)]
+    fn forget(&self, key: &FlowKey) {
+        let _ = FLOWS.remove(key);
+    }
+
+    #[inline(always)]
+    fn remember_fragment(&self, key: &FragmentKey, door: Door) {
+        mark(key.id);
+        let _ = FRAGS.insert(key, &Fragment { door: door as u8, pad: [0; 3] }, 0);
+    }
+
+    #[inline(always)]
+    fn fast_path(&self) -> bool {
+        config::FAST_PATH.load() != 0
+    }
+}
+
+#[inline(always)]
+fn mark(id: u32) {
+    if let Some(mark) = FLOW_MARK.get_ptr_mut(id) {
+        // SAFETY: the pointer is valid for the program's run (an array map's entries are never freed); every writer stores
+        // the same aligned word.
+        unsafe { mark.write(1) }
+    }
+}

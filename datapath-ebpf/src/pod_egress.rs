@@ -1,0 +1,74 @@
+//! tc ingress of the host side of a pod's veth: from the pod.
+
+use aya_ebpf::{macros::classifier, programs::TcContext};
+use datapath_common::{
+    abi::{Direction, Endpoint, Outcome},
+    decide::{Decision, pod_egress::decide},
+    packet::{Frame as _, arp},
+};
+
+use crate::{
+    count::{count, count_decision},
+    ctx::{self, Skb, into_pod, out_of},
+    maps::Kernel,
+};
+
+#[classifier]
+pub fn pod_egress(ctx: TcContext) -> i32 {
+    let skb = Skb::new(&ctx);
+    let load = skb.load_of();
+    let mut decision = decide(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size());
+    let action = act(&skb, &mut decision);
+    count_decision(&decision, Direction::Egress, load);
+    if let Some(to) = decision.to {
+        count(to.id, Direction::Ingress, decision.outcome, load);
+    }
+    action
+}
+
+#[inline(always)]
+fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
+    let action = match (decision.outcome, decision.pod, decision.to) {
+        (Outcome::Wire, Some(pod), _) => skb.set_dst_mac(pod.gateway_mac).and_then(|()| to_wire(skb, pod)),
+        (Outcome::WireArp, Some(pod), _) => to_wire(skb, pod),
+        (Outcome::Local, _, Some(to)) => to_pod(skb, to),
+        (Outcome::Host, _, _) => Some(skb.accept()),
+        (Outcome::ArpAnswered, Some(pod), _) => answer_arp(skb, pod),
+        _ => Some(ctx::SHOT),
+    };
+    ctx::or_truncated(action, decision)
+}
+
+#[inline(always)]
+fn to_wire(skb: &Skb, pod: &Endpoint) -> Option<i32> {
+    skb.set_src_mac(pod.wire_mac)?;
+    skb.push_tag(pod.vid)?;
+    Some(out_of(pod.parent_ifindex) as i32)
+}
+
+/// As the fabric would have delivered it: from the gateway's MAC.
+#[inline(always)]
+fn to_pod(skb: &Skb, to: &Endpoint) -> Option<i32> {
+    skb.set_dst_mac(to.mac)?;
+    skb.set_src_mac(to.gateway_mac)?;
+    Some(into_pod(to.ifindex))
+}
+
+/// Turns a request into its answer, "the gateway is at the gateway's MAC", and sends it back into the pod.
+#[inline(always)]
+fn answer_arp(skb: &Skb, pod: &Endpoint) -> Option<i32> {
+    const OPERATION: usize = 14 + 6;
+    const SENDER_MAC: usize = OPERATION + 2;
+    const SENDER: usize = SENDER_MAC + 6;
+    const TARGET_MAC: usize = SENDER + 4;
+    const TARGET: usize = TARGET_MAC + 6;
+    let asker: [u8; 4] = skb.load(SENDER)?;
+    skb.set_dst_mac(pod.mac)?;
+    skb.set_src_mac(pod.gateway_mac)?;
+    skb.store(OPERATION, arp::REPLY.to_be_bytes())?;
+    skb.store(SENDER_MAC, pod.gateway_mac)?;
+    skb.store(SENDER, pod.gateway_ipv4)?;
+    skb.store(TARGET_MAC, pod.mac)?;
+    skb.store(TARGET, asker)?;
+    Some(into_pod(pod.ifindex))
+}
