@@ -10,7 +10,12 @@
 
 #![no_std]
 
+#[cfg(any(test, feature = "testing"))]
+extern crate std;
+
 pub mod abi;
 pub mod decide;
 pub mod packet;
 pub mod tables;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;

@@ -166,6 +166,13 @@ impl Skb {
         (unsafe { bpf_skb_vlan_push(self.0, TPID_8021Q.to_be(), vid) } == 0).then_some(())
     }
 
+    /// Sets bits in the packet's mark.
+    #[inline(always)]
+    pub fn mark(&self, bits: u32) {
+        // SAFETY: the pointer is the hook's argument; tc programs may write the field.
+        unsafe { (*self.0).mark |= bits }
+    }
+
     /// Lets the node's stack take a frame whose destination MAC is not the interface's.
     #[inline(always)]
     pub fn accept(&self) -> i32 {

@@ -61,6 +61,9 @@ outcomes! {
     /// ARP of the pod, other than for the gateway, went out on its VLAN.
     WireArp = 7, "wire-arp", Forward;
 
+    /// A reply of the pod to a request that came in by the node's stack went back to the stack.
+    HostReply = 12, "host-reply", Forward;
+
     /// A flow's door was remembered, because its replies would have taken another one.
     FlowRemembered = 8, "flow-remembered", Remark;
     /// A packet in the middle of a connection found its memory gone; it was remembered anew.

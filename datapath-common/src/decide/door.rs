@@ -35,6 +35,19 @@ pub(super) const fn fragment_key(pod: &Endpoint, ip: &Ipv4) -> FragmentKey {
     FragmentKey { src: ip.src, dst: ip.dst, id: pod.id, ident: ip.ident, proto: ip.proto, pad: 0 }
 }
 
+/// Notes which way the first fragment of a datagram takes, for the later ones. Without a note they take the wire: that
+/// one is noted only over an older datagram's note that had the same identification.
+#[inline(always)]
+pub(super) fn lead<T: Tables>(tables: &T, pod: &Endpoint, ip: &Ipv4, door: Door) {
+    if !matches!(ip.part, Part::First) {
+        return;
+    }
+    let key = fragment_key(pod, ip);
+    if door as u8 != Door::Wire as u8 || tables.marked(pod.id) && tables.fragment(&key).is_some() {
+        tables.remember_fragment(&key, door);
+    }
+}
+
 /// The memory of a flow, unless it is void.
 #[inline(always)]
 pub(super) fn recall<'t, T: Tables>(tables: &'t T, key: &FlowKey) -> Option<&'t Flow> {

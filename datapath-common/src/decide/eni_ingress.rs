@@ -8,7 +8,7 @@
 
 use super::{
     Decision,
-    door::{arrival, fragment_key, inbound_key, recall, refresh, reply_door},
+    door::{arrival, fragment_key, inbound_key, lead, recall, refresh, reply_door},
     same, same_mac,
 };
 use crate::{
@@ -82,6 +82,7 @@ pub fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4) -> Deci
     if tables.marked(pod.id) && returns_to_host(tables, pod, ip) {
         return Decision::new(Outcome::HostReturn, pod);
     }
+    lead(tables, pod, ip, Door::Wire);
     let remark = arrival(tables, pod, ip, Door::Wire, reply_door(tables, ip.src));
     Decision { remark, ..Decision::new(Outcome::Wire, pod) }
 }
@@ -101,8 +102,6 @@ fn returns_to_host<T: Tables>(tables: &T, pod: &Endpoint, ip: &Ipv4) -> bool {
         return false;
     }
     refresh(tables, &key, known);
-    if matches!(ip.part, Part::First) {
-        tables.remember_fragment(&fragment_key(pod, ip), Door::Host);
-    }
+    lead(tables, pod, ip, Door::Host);
     true
 }

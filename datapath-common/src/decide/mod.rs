@@ -9,6 +9,8 @@ pub mod eni_egress;
 pub mod eni_ingress;
 pub mod pod_egress;
 pub mod pod_ingress;
+#[cfg(test)]
+mod tests;
 
 use crate::abi::{Endpoint, Outcome};
 

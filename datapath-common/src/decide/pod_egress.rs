@@ -2,12 +2,13 @@
 //!
 //! Ways: [`Outcome::Wire`] (tagged onto the parent ENI, from the pod's MAC on the wire to the gateway's),
 //! [`Outcome::WireArp`] (the same, but to the MAC that the frame has), [`Outcome::Local`] (into `to`, another pod of this
-//! node, from the gateway's MAC to that pod's), [`Outcome::Host`] (to the node's stack), [`Outcome::ArpAnswered`] (back to
-//! the pod, turned into the answer to its ARP request for the gateway).
+//! node, from the gateway's MAC to that pod's), [`Outcome::Host`] (to the node's stack), [`Outcome::HostReply`] (the same,
+//! marked as the reply to what came in by it), [`Outcome::ArpAnswered`] (back to the pod, turned into the answer to its
+//! ARP request for the gateway).
 
 use super::{
     Decision,
-    door::{arrival, fragment_key, outbound_key, recall, refresh},
+    door::{arrival, fragment_key, lead, outbound_key, recall, refresh},
     same, same_mac,
 };
 use crate::{
@@ -116,10 +117,15 @@ fn own_ipv4<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, link: &Link) -> Result
 /// the frame stands for.
 #[inline(always)]
 fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) -> Decision<'t> {
-    let first = matches!(ip.part, Part::First);
     let remembered = if tables.marked(pod.id) { remembered(tables, pod, ip) } else { None };
     let outcome = match remembered {
-        Some(Door::Host) => Outcome::Host,
+        // A later fragment of what went to a destination of the host's own is no reply.
+        Some(Door::Host)
+            if matches!(ip.part, Part::Later) && tables.host_dst(ip.dst) & host_dst::HOST != 0 =>
+        {
+            Outcome::Host
+        }
+        Some(Door::Host) => Outcome::HostReply,
         Some(Door::Wire) => Outcome::Wire,
         // Fragments only: no flow is remembered by this door.
         Some(Door::Local) => match tables.endpoint(tables.pod_by_ipv4(ip.dst)) {
@@ -139,8 +145,10 @@ fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) 
             }
         }
     };
-    if first && matches!(outcome, Outcome::Host) {
-        tables.remember_fragment(&fragment_key(pod, ip), Door::Host);
+    match outcome {
+        Outcome::Host | Outcome::HostReply => lead(tables, pod, ip, Door::Host),
+        Outcome::Wire => lead(tables, pod, ip, Door::Wire),
+        _ => {}
     }
     Decision::new(outcome, pod)
 }
@@ -169,16 +177,15 @@ fn local<'t, T: Tables>(
     size: u32,
 ) -> Decision<'t> {
     // To itself: the wire, which returns it to be dropped with its own reason.
-    if !tables.fast_path() || to.id == pod.id {
-        return Decision::new(Outcome::Wire, pod);
-    }
+    let allowed = tables.fast_path() && to.id != pod.id;
     // The wire answers this one with "fragmentation needed".
-    if size > u32::from(to.mtu) {
-        return Decision { remark: Some(Outcome::TooBigForLocal), ..Decision::new(Outcome::Wire, pod) };
+    let too_big = size > u32::from(to.mtu);
+    if !allowed || too_big {
+        lead(tables, pod, ip, Door::Wire);
+        let remark = if allowed { Some(Outcome::TooBigForLocal) } else { None };
+        return Decision { remark, ..Decision::new(Outcome::Wire, pod) };
     }
-    if matches!(ip.part, Part::First) {
-        tables.remember_fragment(&fragment_key(pod, ip), Door::Local);
-    }
+    lead(tables, pod, ip, Door::Local);
     let remark = arrival(tables, to, ip, Door::Local, Door::Local);
     Decision { remark, to: Some(to), ..Decision::new(Outcome::Local, pod) }
 }
@@ -190,7 +197,7 @@ fn by_destination<T: Tables>(tables: &T, ip: &Ipv4, later: bool) -> Outcome {
     let flags = tables.host_dst(ip.dst);
     if flags & host_dst::DENY != 0 {
         Outcome::DeniedDestination
-    } else if flags & host_dst::HOST != 0 && !later && !tables.is_vip(ip.dst, ip.l4.dst_port, ip.proto) {
+    } else if flags & host_dst::HOST != 0 && !later && !tables.is_vip(ip.dst, ip.l4.dst_port, ip.l4.proto) {
         Outcome::Host
     } else {
         Outcome::Wire

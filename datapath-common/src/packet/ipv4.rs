@@ -58,8 +58,9 @@ pub fn parse<F: Frame + ?Sized>(frame: &F, offset: usize) -> Result<Ipv4, Outcom
     let header: Ipv4Hdr = frame.load(offset).ok_or(Outcome::Truncated)?;
     let header_len = header_len(&header).ok_or(Outcome::BadIpv4Header)?;
     let total_len = usize::from(u16::from_be_bytes(header.tot_len));
-    // A GSO packet is longer than 64 KiB at times (BIG TCP) and says 0 then.
-    if total_len != 0 && (total_len < header_len || offset + total_len > frame.len() as usize) {
+    // A GSO packet is longer than the field can say at times (BIG TCP) and says 0 then.
+    let too_long_to_say = total_len == 0 && frame.len() as usize > offset + usize::from(u16::MAX);
+    if !too_long_to_say && (total_len < header_len || offset + total_len > frame.len() as usize) {
         return Err(Outcome::BadIpv4Header);
     }
     let fragment = u16::from_be_bytes(header.frags);

@@ -7,6 +7,8 @@ pub mod arp;
 pub mod ipv4;
 pub mod l4;
 pub mod link;
+#[cfg(test)]
+mod tests;
 
 use crate::abi::Outcome;
 

@@ -1,0 +1,175 @@
+//! Tables in memory.
+
+use core::cell::{Ref, RefCell};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    vec::Vec,
+};
+
+use crate::{
+    abi::{Door, Endpoint, Flow, FlowKey, FragmentKey},
+    tables::Tables,
+};
+
+/// What a decision changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A flow was remembered, or its memory written again.
+    Remember(FlowKey, Flow),
+    /// A flow was forgotten.
+    Forget(FlowKey),
+    /// The first fragment of a datagram was remembered.
+    Fragment(FragmentKey, Door),
+}
+
+/// Tables in memory. Decisions leave them as they are and note what they change; [`MemoryTables::settle`] carries it out.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryTables {
+    /// Records by slot; slot 0 is not used.
+    pub endpoints: Vec<Endpoint>,
+    /// (Parent, VLAN id) → slot.
+    pub subeni: BTreeMap<(u16, u16), u32>,
+    /// Interface index → slot.
+    pub pod_if: BTreeMap<u32, u32>,
+    /// Address → slot.
+    pub pod_ip4: BTreeMap<[u8; 4], u32>,
+    /// Prefixes with their lengths and flags.
+    pub host_dst: Vec<([u8; 4], u32, u32)>,
+    /// Load balancers' addresses, ports and protocols.
+    pub vips: BTreeSet<([u8; 4], u16, u8)>,
+    /// Pods that have, or had, a remembered flow or fragment.
+    pub marks: BTreeSet<u32>,
+    /// Remembered flows.
+    pub flows: HashMap<FlowKey, Flow>,
+    /// First fragments.
+    pub fragments: HashMap<FragmentKey, Door>,
+    /// The clock.
+    pub now: u32,
+    /// Whether there is a fast path.
+    pub fast_path: bool,
+    /// The parent whose programs look at these tables.
+    pub parent: u16,
+    changes: RefCell<Vec<Change>>,
+}
+
+impl MemoryTables {
+    /// Puts a pod into the next slot, with all indexes; returns the slot.
+    pub fn add(&mut self, pod: Endpoint) -> u32 {
+        if self.endpoints.is_empty() {
+            self.endpoints.push(Endpoint::ZERO);
+        }
+        let slot = self.endpoints.len() as u32;
+        self.endpoints.push(pod);
+        self.subeni.insert((pod.parent, pod.vid), slot);
+        self.pod_if.insert(pod.ifindex, slot);
+        self.pod_ip4.insert(pod.ipv4, slot);
+        slot
+    }
+
+    /// What was decided to be changed and is not yet.
+    pub fn changes(&self) -> Ref<'_, Vec<Change>> {
+        self.changes.borrow()
+    }
+
+    /// Undoes what was decided to be changed.
+    pub fn discard(&self) {
+        self.changes.borrow_mut().clear();
+    }
+
+    /// Carries out what was decided to be changed, and returns it.
+    pub fn settle(&mut self) -> Vec<Change> {
+        let changes = core::mem::take(&mut *self.changes.borrow_mut());
+        for change in &changes {
+            match *change {
+                Change::Remember(key, flow) => {
+                    self.marks.insert(key.id);
+                    self.flows.insert(key, flow);
+                }
+                Change::Forget(key) => {
+                    self.flows.remove(&key);
+                }
+                Change::Fragment(key, door) => {
+                    self.marks.insert(key.id);
+                    self.fragments.insert(key, door);
+                }
+            }
+        }
+        changes
+    }
+
+    /// A decision that reads what it has just written would see the old value here and the new one in the kernel.
+    fn check_unchanged(&self, is_it: impl Fn(&Change) -> bool) {
+        assert!(!self.changes.borrow().iter().any(is_it), "read after write within one decision");
+    }
+}
+
+impl Tables for MemoryTables {
+    fn subeni(&self, vid: u16) -> u32 {
+        self.subeni.get(&(self.parent, vid)).copied().unwrap_or(0)
+    }
+
+    fn pod_by_ifindex(&self, ifindex: u32) -> u32 {
+        self.pod_if.get(&ifindex).copied().unwrap_or(0)
+    }
+
+    fn pod_by_ipv4(&self, address: [u8; 4]) -> u32 {
+        self.pod_ip4.get(&address).copied().unwrap_or(0)
+    }
+
+    fn endpoint(&self, slot: u32) -> Option<&Endpoint> {
+        if slot == 0 { None } else { self.endpoints.get(slot as usize) }
+    }
+
+    fn host_dst(&self, address: [u8; 4]) -> u32 {
+        let holds = |prefix: [u8; 4], len: u32| {
+            let mask = u32::MAX.checked_shl(32 - len).unwrap_or(0);
+            (u32::from_be_bytes(prefix) ^ u32::from_be_bytes(address)) & mask == 0
+        };
+        self.host_dst
+            .iter()
+            .filter(|(prefix, len, _)| holds(*prefix, *len))
+            .max_by_key(|(_, len, _)| *len)
+            .map_or(0, |(_, _, flags)| *flags)
+    }
+
+    fn is_vip(&self, address: [u8; 4], port: u16, proto: u8) -> bool {
+        self.vips.contains(&(address, port, proto))
+    }
+
+    fn marked(&self, id: u32) -> bool {
+        self.marks.contains(&id)
+    }
+
+    fn flow(&self, key: &FlowKey) -> Option<&Flow> {
+        self.check_unchanged(|change| match change {
+            Change::Remember(changed, _) | Change::Forget(changed) => changed == key,
+            Change::Fragment(..) => false,
+        });
+        self.flows.get(key)
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<Door> {
+        self.check_unchanged(|change| matches!(change, Change::Fragment(changed, _) if changed == key));
+        self.fragments.get(key).copied()
+    }
+
+    fn now(&self) -> u32 {
+        self.now
+    }
+
+    fn remember(&self, key: &FlowKey, flow: &Flow) {
+        self.changes.borrow_mut().push(Change::Remember(*key, *flow));
+    }
+
+    fn forget(&self, key: &FlowKey) {
+        self.changes.borrow_mut().push(Change::Forget(*key));
+    }
+
+    fn remember_fragment(&self, key: &FragmentKey, door: Door) {
+        self.changes.borrow_mut().push(Change::Fragment(*key, door));
+    }
+
+    fn fast_path(&self) -> bool {
+        self.fast_path
+    }
+}
