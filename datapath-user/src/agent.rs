@@ -1,0 +1,1057 @@
+//! The agent: one loop that keeps the kernel equal to what the source says.
+//!
+//! It starts by finding out whether it can run at all, and changes nothing until it knows. It finds its state in the
+//! kernel and applies differences. It ends without undoing anything.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+    rc::Rc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use aya::Ebpf;
+use datapath_common::abi::{
+    Endpoint,
+    maps::{self, MAX_PARENTS, host_dst},
+};
+use ipnet::Ipv4Net;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{self, MissedTickBehavior},
+};
+
+use crate::{
+    attach::{self, AttachError, Attached, Target},
+    config::{self, Config, Metadata, Source, Xdp},
+    detach,
+    ethtool::{self, Offload},
+    feature::{self, FeatureError, TcKind},
+    lock::{self, Lock, LockError},
+    net,
+    netlink::{self, NetlinkError},
+    object::{self, Constants, ObjectError, program},
+    pin::{Hook, PinError, Pins},
+    reconcile::{self, Plan},
+    source::{
+        Pod, Snapshot, State,
+        file::{self, FileSource, SourceError},
+    },
+    status::{ParentStatus, PodStatus, Status, StatusError},
+    tables::{GRACE, Live, Maps, Tables, TablesError},
+    wiring::{self, ParentSpec, PodSpec, WiringError},
+};
+
+/// The cloud's metadata service.
+const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+
+/// How often the agent looks at the file and at what rests in the tables.
+const TICK: Duration = Duration::from_secs(1);
+/// Ticks between looks at interfaces and addresses, and between attempts at what failed.
+const CHECK_TICKS: u64 = 3;
+/// Ticks between looks at the node's settings, which other programs (networkd among them) may undo.
+const SETTINGS_TICKS: u64 = 15;
+/// Writers that do not rename write in several steps.
+const SETTLE: Duration = Duration::from_millis(30);
+
+/// Why the agent does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The process may not do it, or the kernel cannot.
+    #[error(transparent)]
+    Feature(#[from] FeatureError),
+    /// Another agent runs.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A parent ENI does not exist.
+    #[error(
+        "parent ENI {interface} does not exist in this network namespace: correct `interface` of its [[parent]], or \
+         attach it to the node first"
+    )]
+    NoParent {
+        /// The interface.
+        interface: String,
+    },
+    /// The first document is bad, and nothing runs yet that needs an agent.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The BPF file system.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// The programs.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
+    /// The tables.
+    #[error(transparent)]
+    Tables(#[from] TablesError),
+    /// Attaching.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// Wiring.
+    #[error(transparent)]
+    Wiring(#[from] WiringError),
+    /// The node's addresses.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// The status file.
+    #[error(transparent)]
+    Status(#[from] StatusError),
+    /// Signals.
+    #[error("cannot wait for signals: {0}")]
+    Signal(io::Error),
+    /// A single run did not reach everything that the source asks for.
+    #[error("not everything is as the source says: {}", problems.join("; "))]
+    Incomplete {
+        /// What is not.
+        problems: Vec<String>,
+    },
+    /// Nothing waits for confirmation.
+    #[error("no snapshot is held back, so there is nothing to confirm")]
+    NothingHeld,
+    /// A confirmation cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Confirm {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// How long the agent runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Until a signal ends it.
+    Stopped,
+    /// Until the source was applied once; an error says what could not be.
+    Applied,
+}
+
+/// Runs the agent. To be called on a single-threaded runtime: attaching and netlink work in the network namespace of
+/// the thread.
+///
+/// # Errors
+///
+/// When it cannot start; then what was running before runs on.
+pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(AgentError::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(AgentError::Signal)?;
+    let mut agent = Agent::start(config).await?;
+    if until == Until::Applied {
+        return agent.completeness();
+    }
+    let mut ticks = time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            () = agent.source.hint() => {
+                time::sleep(SETTLE).await;
+                agent.look().await;
+            }
+            _ = ticks.tick() => agent.tick().await,
+        }
+        agent.report();
+    }
+    log::info!("stopped; {} pods keep their network", agent.tables.pods().count());
+    Ok(())
+}
+
+/// Lets the snapshot that is held back take effect. Returns what was confirmed.
+///
+/// # Errors
+///
+/// When nothing is held back.
+pub fn confirm(config: &Config) -> Result<String, AgentError> {
+    let status = Status::read(&config.run_dir)?;
+    let (Some(id), Some(why)) = (status.held_back_id, status.held_back) else {
+        return Err(AgentError::NothingHeld);
+    };
+    let path = confirmation(&config.run_dir);
+    fs::write(&path, id).map_err(|source| AgentError::Confirm { path, source })?;
+    Ok(why)
+}
+
+fn confirmation(run_dir: &Path) -> PathBuf {
+    run_dir.join("confirm")
+}
+
+/// A parent ENI with its programs.
+struct Parent {
+    config: config::Parent,
+    index: u16,
+    /// `None` while the interface is away.
+    ifindex: Option<u32>,
+    ebpf: Ebpf,
+    xdp_mode: &'static str,
+    /// Why XDP does not run as configured.
+    xdp_note: Option<String>,
+    /// What is wrong with the node's settings for it.
+    settings_note: Option<String>,
+    /// What was changed in the node's settings for it.
+    changes: Vec<String>,
+}
+
+impl Parent {
+    fn name(&self) -> &str {
+        self.config.interface.as_str()
+    }
+}
+
+/// A snapshot that waits for confirmation.
+struct Held {
+    id: String,
+    snapshot: Rc<Snapshot>,
+}
+
+struct Agent {
+    config: Config,
+    pins: Pins,
+    kind: TcKind,
+    tables: Tables,
+    /// The object whose pod programs are attached.
+    pods: Ebpf,
+    parents: Vec<Parent>,
+    source: FileSource,
+    /// The snapshot in force.
+    snapshot: Option<Rc<Snapshot>>,
+    held: Option<Held>,
+    /// Whether the last document could not be read, rather than not be understood.
+    unreadable: bool,
+    /// Host-side interfaces by owner, of pods that were wired or checked since the start.
+    wired: BTreeMap<u64, String>,
+    /// Why pods are not as asked, by owner.
+    faults: BTreeMap<u64, String>,
+    addresses: Vec<IpAddr>,
+    ticks: u64,
+    status: Status,
+    written: Option<Status>,
+    _locks: [Lock; 2],
+}
+
+impl Agent {
+    async fn start(config: Config) -> Result<Self, AgentError> {
+        let Source::File { path, .. } = &config.source;
+        let path = path.clone();
+
+        // Nothing is changed until all of this stands.
+        feature::check_privileges()?;
+        let run_lock = lock::lock_run_dir(&config.run_dir)?;
+        let kind = feature::probe()?;
+        parent_ifindexes(&config)?;
+        let pins = Pins::new(&config.pin_dir);
+        let fresh = !pins.map(maps::ENDPOINT).exists();
+        let mut source = FileSource::new(&path);
+        let first = read_snapshot(&mut source, &config);
+        if fresh && let Err(error @ SourceError::Document { .. }) = first {
+            return Err(error.into());
+        }
+        let addresses = netlink::local_addresses().await?;
+        pins.prepare()?;
+        let pin_lock = lock::lock_pins(&pins.version_dir())?;
+        pins.check_layouts(&config.limits)?;
+        let locks = [run_lock, pin_lock];
+
+        let started = Self::attach(config, kind, pins.clone(), addresses, source, locks);
+        let mut agent = started.inspect_err(|_| {
+            // Where nothing was, nothing is left.
+            if fresh && let Err(error) = pins.remove_all() {
+                log::error!("{error}");
+            }
+        })?;
+        agent.take(first).await;
+        agent.report();
+        Ok(agent)
+    }
+
+    /// Loads the programs, takes over what the tables hold, and attaches.
+    fn attach(
+        config: Config,
+        kind: TcKind,
+        pins: Pins,
+        addresses: Vec<IpAddr>,
+        source: FileSource,
+        locks: [Lock; 2],
+    ) -> Result<Self, AgentError> {
+        let ifindexes = parent_ifindexes(&config)?;
+
+        // The kernel's verifier passes everything before anything is attached.
+        let constants = Constants { fast_path: config.fast_path, parent: 0, xdp: Xdp::Off };
+        let mut pods = object::open(constants, &config.limits, Some(&pins))?;
+        object::tc(&mut pods, program::POD_EGRESS)?;
+        object::tc(&mut pods, program::POD_INGRESS)?;
+        let mut tables = Tables::new(Maps::open(&pins)?)?;
+        let indexes = parent_indexes(&ifindexes, tables.pods());
+        let parents = config
+            .parents
+            .iter()
+            .zip(ifindexes.iter().zip(indexes))
+            .map(|(parent, (ifindex, index))| load_parent(&config, parent, *ifindex, index, &pins))
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let swept = tables.sweep()?;
+        if swept > 0 {
+            log::warn!("removed {swept} indexes that an interrupted change had left");
+        }
+        let status = Status {
+            pid: std::process::id(),
+            node: config.node.clone(),
+            started: unix_seconds(),
+            fast_path: config.fast_path.name().to_owned(),
+            // Names of pods that were programmed before, until the source gives them anew.
+            pods: Status::read(&config.run_dir).map(|status| status.pods).unwrap_or_default(),
+            ..Status::default()
+        };
+        let mut agent = Self {
+            config,
+            pins,
+            kind,
+            tables,
+            pods,
+            parents,
+            source,
+            snapshot: None,
+            held: None,
+            unreadable: false,
+            wired: BTreeMap::new(),
+            faults: BTreeMap::new(),
+            addresses,
+            ticks: 0,
+            status,
+            written: None,
+            _locks: locks,
+        };
+        agent.sync_host_dst()?;
+        agent.attach_parents()?;
+        agent.attach_known_pods();
+        Ok(agent)
+    }
+
+    /// XDP comes first: it alone may find that the interface cannot do it, and then nothing else was touched.
+    fn attach_parents(&mut self) -> Result<(), AttachError> {
+        let mut created = Vec::new();
+        let Self { parents, pins, .. } = self;
+        let attached = parents.iter_mut().try_for_each(|parent| attach_xdp(parent, pins, &mut created));
+        if let Err(error) = attached {
+            for pin in created {
+                let _ = pins.remove(&pin);
+            }
+            return Err(error);
+        }
+        for parent in parents {
+            attach_parent_tc(parent, pins, self.kind)?;
+        }
+        Ok(())
+    }
+
+    /// Pods that an earlier agent programmed get the programs of this one, whatever the source says or does not say.
+    fn attach_known_pods(&mut self) {
+        let known: Vec<Live> = self.tables.pods().copied().collect();
+        for pod in known {
+            let ifindex = pod.record.ifindex;
+            let Some(interface) = net::ifname(ifindex) else { continue };
+            if let Err(error) = self.attach_pod(&interface, ifindex) {
+                log::error!("{error}");
+            }
+        }
+    }
+
+    fn attach_pod(&mut self, interface: &str, ifindex: u32) -> Result<(), AgentError> {
+        let target = Target { interface, ifindex };
+        for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+            let program = object::tc(&mut self.pods, name)?;
+            attach::attach_tc(self.kind, program, name, target, hook, &self.pins.pod_tc(ifindex, hook))?;
+        }
+        Ok(())
+    }
+
+    fn detach_pod(&self, ifindex: u32) -> Result<(), AttachError> {
+        let interface = net::ifname(ifindex);
+        for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+            let pin = self.pins.pod_tc(ifindex, hook);
+            attach::detach_tc(&self.pins, self.kind, name, interface.as_deref(), hook, &pin)?;
+        }
+        Ok(())
+    }
+
+    async fn tick(&mut self) {
+        self.ticks += 1;
+        if let Err(error) = self.tables.tidy() {
+            log::error!("{error}");
+        }
+        self.look().await;
+        self.look_for_confirmation().await;
+        if self.ticks.is_multiple_of(CHECK_TICKS) {
+            self.check_addresses().await;
+            let moved = self.check_parents();
+            if moved || !self.faults.is_empty() || self.lost_pods() {
+                self.reconcile().await;
+            }
+        }
+        if self.ticks.is_multiple_of(SETTINGS_TICKS) {
+            if let Some(snapshot) = self.snapshot.clone() {
+                self.prepare_parents(&snapshot).await;
+            }
+            self.recheck_xdp();
+        }
+    }
+
+    /// Reads the source, if it says something new.
+    async fn look(&mut self) {
+        let next = read_snapshot(&mut self.source, &self.config);
+        self.take(next).await;
+    }
+
+    async fn take(&mut self, next: Result<Option<Snapshot>, SourceError>) {
+        match next {
+            Ok(None) => {
+                if self.unreadable {
+                    self.source_is_well();
+                }
+            }
+            Ok(Some(snapshot)) => {
+                self.source_is_well();
+                self.offer(Rc::new(snapshot)).await;
+            }
+            Err(error) => {
+                self.unreadable = matches!(error, SourceError::Read { .. });
+                let text = error.to_string();
+                if self.status.source_error.as_ref() != Some(&text) {
+                    log::error!("{text}");
+                }
+                self.status.source_error = Some(text);
+                self.status.source_down_since.get_or_insert_with(unix_seconds);
+            }
+        }
+    }
+
+    fn source_is_well(&mut self) {
+        if self.status.source_error.take().is_some() {
+            log::info!("the source is well again");
+        }
+        self.status.source_down_since = None;
+        self.unreadable = false;
+    }
+
+    /// Lets a snapshot take effect, unless it would take away most of the node's pods.
+    async fn offer(&mut self, snapshot: Rc<Snapshot>) {
+        let Source::File { confirm_removals, .. } = self.config.source;
+        let removals = self.plan(&snapshot, &BTreeSet::new()).release.len();
+        let live = self.tables.pods().count();
+        let id = format!("{:016x}", snapshot.fingerprint());
+        let again = !confirm_removals && self.held.as_ref().is_some_and(|held| held.id == id);
+        if reconcile::is_bulk(removals, live) && !again {
+            let why = format!(
+                "the snapshot of revision {} would remove {removals} of {live} pods",
+                snapshot.revision
+            );
+            let again = if confirm_removals { "" } else { " or write the same document again" };
+            log::warn!("held back: {why}; run `eniway confirm`{again} to let it");
+            self.status.held_back = Some(why);
+            self.status.held_back_id = Some(id.clone());
+            self.held = Some(Held { id, snapshot });
+            return;
+        }
+        self.apply(snapshot).await;
+    }
+
+    async fn apply(&mut self, snapshot: Rc<Snapshot>) {
+        self.held = None;
+        self.status.held_back = None;
+        self.status.held_back_id = None;
+        self.status.revision = Some(snapshot.revision);
+        self.snapshot = Some(snapshot);
+        self.reconcile().await;
+    }
+
+    async fn look_for_confirmation(&mut self) {
+        let path = confirmation(&self.config.run_dir);
+        let Ok(id) = fs::read_to_string(&path) else { return };
+        let _ = fs::remove_file(&path);
+        match self.held.take_if(|held| held.id == id.trim()) {
+            Some(held) => {
+                log::info!("confirmed by the operator");
+                self.apply(held.snapshot).await;
+            }
+            None => log::warn!("a confirmation came for a snapshot that is not held back any more"),
+        }
+    }
+
+    fn plan(&self, snapshot: &Snapshot, stuck: &BTreeSet<u64>) -> Plan {
+        let actual: BTreeMap<u64, Live> = self.tables.pods().map(|pod| (pod.record.owner, *pod)).collect();
+        reconcile::plan(&self.wanted(snapshot), &actual, stuck)
+    }
+
+    /// Records of all pods that shall be in the tables.
+    fn wanted(&self, snapshot: &Snapshot) -> BTreeMap<u64, Endpoint> {
+        snapshot
+            .pods
+            .iter()
+            .filter(|pod| pod.is_wanted())
+            .filter_map(|pod| {
+                let parent = self.parents.iter().find(|parent| parent.config.interface == pod.parent)?;
+                // While its parent is away a pod keeps the record it has.
+                let ifindex = parent
+                    .ifindex
+                    .or_else(|| self.tables.pod(pod.owner()).map(|live| live.record.parent_ifindex));
+                Some((pod.owner(), pod.record(parent.index, ifindex.unwrap_or(0))))
+            })
+            .collect()
+    }
+
+    /// Makes the kernel equal to the snapshot in force, by the fewest operations.
+    async fn reconcile(&mut self) {
+        let Some(snapshot) = self.snapshot.clone() else { return };
+        let pods: BTreeMap<u64, &Pod> = snapshot.pods.iter().map(|pod| (pod.owner(), pod)).collect();
+        let known_faults = std::mem::take(&mut self.faults);
+        let mut operations = 0;
+        let plan = self.plan(&snapshot, &BTreeSet::new());
+
+        let mut released = 0;
+        for owner in &plan.release {
+            match self.release(*owner).await {
+                Ok(()) => released += 1,
+                Err(error) => log::error!("cannot remove pod {owner:016x}: {error}"),
+            }
+        }
+        match self.sync_vips(&snapshot).and_then(|changes| Ok(changes + self.sync_host_dst()?)) {
+            Ok(changes) => operations += changes,
+            Err(error) => log::error!("{error}"),
+        }
+        self.prepare_parents(&snapshot).await;
+
+        // A pod that cannot be wired keeps what it has, which may be what another one is to get.
+        let mut stuck = BTreeSet::new();
+        for owner in in_order(&snapshot, &plan) {
+            if let Err(error) = self.wire(owner, pods[&owner]).await {
+                self.faults.insert(owner, error.to_string());
+                stuck.insert(owner);
+            }
+        }
+        let plan = if stuck.is_empty() { plan } else { self.plan(&snapshot, &stuck) };
+        let wanted = self.wanted(&snapshot);
+        let moving: BTreeSet<u64> = plan.put.iter().copied().collect();
+        for owner in in_order(&snapshot, &plan) {
+            match self.program(&wanted[&owner], &moving).await {
+                Ok(changes) => operations += changes,
+                Err(error) => {
+                    self.faults.insert(owner, error.to_string());
+                }
+            }
+        }
+        for (owner, refusal) in &plan.refused {
+            self.faults.insert(*owner, refusal.to_string());
+        }
+
+        for (owner, fault) in &self.faults {
+            if known_faults.get(owner) != Some(fault)
+                && let Some(pod) = pods.get(owner)
+            {
+                log::error!("pod {}: {fault}", pod.full_name());
+            }
+        }
+        let revision = snapshot.revision;
+        if released + operations > 0 || !self.status.ready {
+            log::info!(
+                "revision {revision}: {} pods, {released} released, {operations} operations, {} faults",
+                self.tables.pods().count(),
+                self.faults.len()
+            );
+        }
+        if !self.status.ready {
+            self.remove_leftovers().await;
+            self.status.ready = true;
+            log::info!("ready");
+        }
+    }
+
+    /// Takes a pod away: first no packet finds it, then its veth goes, and only then the programs on it.
+    async fn release(&mut self, owner: u64) -> Result<(), AgentError> {
+        let Some(live) = self.tables.release(owner)? else { return Ok(()) };
+        self.wired.remove(&owner);
+        let ifindex = live.record.ifindex;
+        if let Some(interface) = net::ifname(ifindex)
+            && let Err(error) = wiring::unwire(&interface).await
+        {
+            log::error!("{error}");
+        }
+        Ok(self.detach_pod(ifindex)?)
+    }
+
+    /// Wires a pod, unless it was found wired since the start and its interface is still there.
+    async fn wire(&mut self, owner: u64, pod: &Pod) -> Result<(), WiringError> {
+        let record = self.tables.pod(owner).map(|live| live.record);
+        if let (Some(record), Some(interface)) = (record, self.wired.get(&owner))
+            && net::ifindex(interface) == Some(record.ifindex)
+            && record.mtu == pod.mtu
+            && record.mac == pod.mac.0
+            && record.gateway_mac == pod.gateway_mac.0
+            && record.ipv4 == pod.ipv4.octets()
+            && record.gateway_ipv4 == pod.gateway.octets()
+            && pod.host_interface.as_ref().is_none_or(|named| named.as_str() == interface)
+        {
+            return Ok(());
+        }
+        self.wired.remove(&owner);
+        let wired = wiring::wire(&pod_spec(pod)).await?;
+        log::debug!("pod {} is wired by {}", pod.full_name(), wired.host_interface);
+        self.wired.insert(owner, wired.host_interface);
+        Ok(())
+    }
+
+    /// Attaches the programs of a wired pod and writes its record. Returns how much changed.
+    async fn program(&mut self, record: &Endpoint, moving: &BTreeSet<u64>) -> Result<usize, AgentError> {
+        let owner = record.owner;
+        // Wired a moment ago, or it would be stuck; if it went away since, the next check finds it.
+        let Some(interface) = self.wired.get(&owner).cloned() else { return Ok(0) };
+        let Some(ifindex) = net::ifindex(&interface) else { return Ok(0) };
+        let record = Endpoint { ifindex, ..*record };
+        let before = self.tables.pod(owner).copied();
+        if before.is_none_or(|live| live.record.ifindex != ifindex) || !self.is_attached(ifindex) {
+            if let Err(error) = self.attach_pod(&interface, ifindex) {
+                // Without its programs the interface would be open to the host's stack.
+                if before.is_none() {
+                    self.wired.remove(&owner);
+                    wiring::unwire(&interface).await?;
+                }
+                return Err(error);
+            }
+        }
+        let among = |owner| moving.contains(&owner);
+        let put = match self.tables.put_among(&record, &among) {
+            Err(TablesError::Resting) => {
+                time::sleep(GRACE).await;
+                self.tables.put_among(&record, &among)?
+            }
+            result => result?,
+        };
+        if let Some(before) = before.filter(|live| live.record.ifindex != ifindex) {
+            self.detach_pod(before.record.ifindex)?;
+        }
+        Ok(put.changes)
+    }
+
+    fn is_attached(&self, ifindex: u32) -> bool {
+        self.kind == TcKind::Clsact
+            || [Hook::In, Hook::Out].iter().all(|hook| self.pins.pod_tc(ifindex, *hook).exists())
+    }
+
+    /// Whether a pod's interface went away, or its programs.
+    fn lost_pods(&self) -> bool {
+        self.tables.pods().any(|pod| {
+            let ifindex = pod.record.ifindex;
+            net::ifname(ifindex).is_none() || !self.is_attached(ifindex)
+        })
+    }
+
+    fn sync_vips(&mut self, snapshot: &Snapshot) -> Result<usize, TablesError> {
+        let vips = snapshot.vips.iter().map(|vip| (vip.ip.octets(), vip.port, vip.protocol)).collect();
+        self.tables.maps.set_vips(&vips)
+    }
+
+    fn sync_host_dst(&mut self) -> Result<usize, TablesError> {
+        self.tables.maps.set_host_dsts(&host_dsts(&self.config.host, &self.addresses))
+    }
+
+    async fn check_addresses(&mut self) {
+        match netlink::local_addresses().await {
+            Ok(addresses) => self.addresses = addresses,
+            Err(error) => return log::error!("{error}"),
+        }
+        match self.sync_host_dst() {
+            Ok(0) => {}
+            Ok(changes) => log::info!("the node's addresses changed: {changes} entries"),
+            Err(error) => log::error!("{error}"),
+        }
+    }
+
+    /// Follows parents that went away or came back, as another interface of the same name. Returns whether one did.
+    fn check_parents(&mut self) -> bool {
+        let mut moved = false;
+        let Self { parents, pins, kind, .. } = self;
+        for parent in parents {
+            let ifindex = net::ifindex(parent.name());
+            if ifindex == parent.ifindex {
+                continue;
+            }
+            moved = true;
+            parent.ifindex = ifindex;
+            if ifindex.is_none() {
+                log::error!("parent ENI {} is gone; its pods wait for it", parent.name());
+                continue;
+            }
+            log::warn!("parent ENI {} is another interface now", parent.name());
+            let attached = attach_xdp(parent, pins, &mut Vec::new())
+                .and_then(|()| attach_parent_tc(parent, pins, *kind));
+            if let Err(error) = attached {
+                log::error!("{error}");
+                // Tried again at the next check.
+                parent.ifindex = None;
+            }
+        }
+        moved
+    }
+
+    /// Another program may have turned the VLAN offload on again, which takes the tag from XDP's sight.
+    fn recheck_xdp(&mut self) {
+        let Self { parents, pins, .. } = self;
+        for parent in parents.iter_mut().filter(|p| p.config.xdp != Xdp::Off && p.ifindex.is_some()) {
+            let running = parent.xdp_mode != OFF;
+            let off = rxvlan_off(parent.name());
+            if off.is_ok() != running
+                && let Err(error) = attach_xdp(parent, pins, &mut Vec::new())
+            {
+                log::error!("{error}");
+            }
+        }
+    }
+
+    async fn prepare_parents(&mut self, snapshot: &Snapshot) {
+        for parent in &mut self.parents {
+            if parent.ifindex.is_none() {
+                continue;
+            }
+            let mut gateways: Vec<_> = snapshot
+                .pods
+                .iter()
+                .filter(|pod| pod.is_wanted() && pod.parent == parent.config.interface)
+                .map(|pod| (pod.subnet, pod.gateway, pod.gateway_mac.0))
+                .collect();
+            gateways.sort_unstable();
+            gateways.dedup();
+            let spec = ParentSpec { interface: parent.name().to_owned(), gateways };
+            let note = match wiring::prepare_parent(&spec).await {
+                Ok(prepared) => {
+                    parent.changes = prepared.changes;
+                    None
+                }
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(note) = &note
+                && parent.settings_note.as_ref() != Some(note)
+            {
+                log::error!("parent ENI {}: {note}", parent.name());
+            }
+            parent.settings_note = note;
+        }
+    }
+
+    /// Removes what earlier agents left that nobody needs: links of pods without a record, and parents that the
+    /// configuration does not name any more.
+    async fn remove_leftovers(&mut self) {
+        let live: BTreeSet<u32> = self.tables.pods().map(|pod| pod.record.ifindex).collect();
+        let parents_in_use: BTreeSet<u32> = self.tables.pods().map(|pod| pod.record.parent_ifindex).collect();
+        let (pods, parents) = match (self.pins.pinned_pods(), self.pins.pinned_parents()) {
+            (Ok(pods), Ok(parents)) => (pods, parents),
+            (Err(error), _) | (_, Err(error)) => return log::error!("{error}"),
+        };
+        for ifindex in pods.into_iter().filter(|ifindex| !live.contains(ifindex)) {
+            if let Err(error) = self.detach_pod(ifindex) {
+                log::error!("{error}");
+            }
+        }
+        for parent in parents.into_iter().filter(|parent| self.config.parent(parent).is_none()) {
+            if net::ifindex(&parent).is_some_and(|ifindex| parents_in_use.contains(&ifindex)) {
+                log::warn!("{parent} is not configured any more, but pods are still on it");
+                continue;
+            }
+            log::info!("removing the programs of {parent}, which is not configured any more");
+            match detach::detach_parent(&self.pins, self.kind, &parent).await {
+                Ok(None) => {}
+                Ok(Some(problem)) => log::error!("{problem}"),
+                Err(error) => log::error!("{error}"),
+            }
+        }
+    }
+
+    /// Writes the status file, if it would say something new.
+    fn report(&mut self) {
+        self.status.parents = self.parents.iter().map(|parent| self.parent_status(parent)).collect();
+        self.status.node_changes =
+            self.parents.iter().flat_map(|parent| parent.changes.iter().cloned()).collect();
+        if let Some(snapshot) = &self.snapshot {
+            let active = snapshot.pods.iter().filter(|pod| pod.state == State::Active);
+            self.status.pods = active.map(|pod| self.pod_status(pod)).collect();
+        }
+        if self.written.as_ref() == Some(&self.status) {
+            return;
+        }
+        match self.status.write(&self.config.run_dir) {
+            Ok(()) => self.written = Some(self.status.clone()),
+            Err(error) => log::error!("{error}"),
+        }
+    }
+
+    fn parent_status(&self, parent: &Parent) -> ParentStatus {
+        let gone = parent.ifindex.is_none().then(|| "the interface is gone".to_owned());
+        ParentStatus {
+            interface: parent.name().to_owned(),
+            index: parent.index,
+            ifindex: parent.ifindex.unwrap_or(0),
+            xdp_wanted: parent.config.xdp.name().to_owned(),
+            xdp_mode: parent.xdp_mode.to_owned(),
+            tc: self.kind.name().to_owned(),
+            notes: [gone, parent.xdp_note.clone(), parent.settings_note.clone()]
+                .into_iter()
+                .flatten()
+                .collect(),
+        }
+    }
+
+    fn pod_status(&self, pod: &Pod) -> PodStatus {
+        let owner = pod.owner();
+        let live = self.tables.pod(owner);
+        let host_interface = self
+            .wired
+            .get(&owner)
+            .cloned()
+            .or_else(|| live.and_then(|live| net::ifname(live.record.ifindex)))
+            .or_else(|| pod.host_interface.as_ref().map(ToString::to_string));
+        let unattached = pod.vlan.is_none().then(|| "the source gives no VLAN id yet".to_owned());
+        PodStatus {
+            uid: pod.uid.clone(),
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            container_id: pod.container_id.clone(),
+            netns: pod.netns.as_ref().map(|path| path.display().to_string()),
+            interface: pod.interface.to_string(),
+            host_interface,
+            id: live.map(|live| live.record.id),
+            slot: live.map(|live| live.slot),
+            parent: pod.parent.to_string(),
+            vlan: pod.vlan.map_or(0, net::VlanId::get),
+            mac: pod.mac,
+            ipv4: pod.ipv4,
+            generation: pod.generation,
+            error: self.faults.get(&owner).cloned().or(unattached),
+        }
+    }
+
+    /// Whether everything is as the source says.
+    fn completeness(&self) -> Result<(), AgentError> {
+        let faults =
+            self.status.pods.iter().filter_map(|pod| {
+                Some(format!("pod {}/{}: {}", pod.namespace, pod.name, pod.error.as_ref()?))
+            });
+        let notes = self.parents.iter().filter_map(|parent| parent.settings_note.clone());
+        let whole = [&self.status.source_error, &self.status.held_back];
+        let problems: Vec<_> = whole.into_iter().flatten().cloned().chain(notes).chain(faults).collect();
+        if problems.is_empty() { Ok(()) } else { Err(AgentError::Incomplete { problems }) }
+    }
+}
+
+/// Owners of pods that shall be in the tables and can be, in the order of the document.
+fn in_order(snapshot: &Snapshot, plan: &Plan) -> Vec<u64> {
+    let planned: BTreeSet<u64> = plan.put.iter().chain(&plan.keep).copied().collect();
+    snapshot.pods.iter().map(Pod::owner).filter(|owner| planned.contains(owner)).collect()
+}
+
+fn read_snapshot(source: &mut FileSource, config: &Config) -> Result<Option<Snapshot>, SourceError> {
+    let Some(text) = source.read()? else { return Ok(None) };
+    let parents: Vec<&str> = config.parents.iter().map(|parent| parent.interface.as_str()).collect();
+    let document = |problem| SourceError::Document { path: source.path().to_owned(), problem };
+    file::parse(&text, &parents).map(Some).map_err(document)
+}
+
+fn parent_ifindexes(config: &Config) -> Result<Vec<u32>, AgentError> {
+    let parents = config.parents.iter().map(|parent| {
+        let interface = parent.interface.as_str();
+        net::ifindex(interface).ok_or_else(|| AgentError::NoParent { interface: interface.to_owned() })
+    });
+    parents.collect()
+}
+
+fn load_parent(
+    config: &Config,
+    parent: &config::Parent,
+    ifindex: u32,
+    index: u16,
+    pins: &Pins,
+) -> Result<Parent, ObjectError> {
+    let constants = Constants { fast_path: config.fast_path, parent: index, xdp: parent.xdp };
+    let mut ebpf = object::open(constants, &config.limits, Some(pins))?;
+    object::tc(&mut ebpf, program::ENI_INGRESS)?;
+    object::tc(&mut ebpf, program::ENI_EGRESS)?;
+    if parent.xdp != Xdp::Off {
+        object::xdp(&mut ebpf, program::ENI_XDP)?;
+    }
+    Ok(Parent {
+        config: parent.clone(),
+        index,
+        ifindex: Some(ifindex),
+        ebpf,
+        xdp_mode: OFF,
+        xdp_note: None,
+        settings_note: None,
+        changes: Vec::new(),
+    })
+}
+
+const OFF: &str = "off";
+
+/// Brings XDP on a parent to what is configured, or, where the tag would not reach it, to nothing.
+fn attach_xdp(parent: &mut Parent, pins: &Pins, created: &mut Vec<PathBuf>) -> Result<(), AttachError> {
+    let interface = parent.config.interface.to_string();
+    let generic = parent.config.generic_xdp;
+    let Some(ifindex) = parent.ifindex else { return Ok(()) };
+    parent.xdp_note = None;
+    let wanted = parent.config.xdp != Xdp::Off;
+    let hidden = if wanted { rxvlan_off(&interface).err() } else { None };
+    if !wanted || hidden.is_some() {
+        for generic in [false, true] {
+            pins.remove(&pins.parent_xdp(&interface, generic))?;
+        }
+        parent.xdp_mode = OFF;
+        if let Some(note) = &hidden {
+            log::warn!("parent ENI {interface}: {note}");
+        }
+        parent.xdp_note = hidden;
+        return Ok(());
+    }
+    // The kernel takes one mode at a time. Meanwhile tc checks the same.
+    pins.remove(&pins.parent_xdp(&interface, !generic))?;
+    let pin = pins.parent_xdp(&interface, generic);
+    let program = object::xdp(&mut parent.ebpf, program::ENI_XDP).map_err(|error| AttachError::Xdp {
+        interface: interface.clone(),
+        source: io::Error::other(error),
+    })?;
+    if attach::attach_xdp(program, Target { interface: &interface, ifindex }, generic, &pin)?
+        == Attached::Created
+    {
+        created.push(pin);
+    }
+    parent.xdp_mode = if generic { "generic" } else { "native" };
+    Ok(())
+}
+
+/// Turns the VLAN offload off, or says why XDP has to do without.
+fn rxvlan_off(interface: &str) -> Result<(), String> {
+    match ethtool::set(interface, Offload::RxVlan, false) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err("rxvlan stays on, which hides the VLAN tag from XDP: tc does all".to_owned()),
+        Err(error) => Err(format!("{error}; XDP would not see the VLAN tag: tc does all")),
+    }
+}
+
+fn attach_parent_tc(parent: &mut Parent, pins: &Pins, kind: TcKind) -> Result<(), AttachError> {
+    let interface = parent.config.interface.to_string();
+    let Some(ifindex) = parent.ifindex else { return Ok(()) };
+    let target = Target { interface: &interface, ifindex };
+    for (name, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
+        let program = object::tc(&mut parent.ebpf, name).map_err(|error| AttachError::Xdp {
+            interface: interface.clone(),
+            source: io::Error::other(error),
+        })?;
+        attach::attach_tc(kind, program, name, target, hook, &pins.parent_tc(&interface, hook))?;
+    }
+    Ok(())
+}
+
+/// Numbers of the parents: those that live records know them by, else the lowest that no record uses.
+fn parent_indexes<'a>(ifindexes: &[u32], pods: impl Iterator<Item = &'a Live>) -> Vec<u16> {
+    let known: BTreeMap<u32, u16> = pods.map(|pod| (pod.record.parent_ifindex, pod.record.parent)).collect();
+    let mut taken: BTreeSet<u16> = known.values().copied().collect();
+    let mut given = BTreeSet::new();
+    let mut indexes: Vec<Option<u16>> = ifindexes
+        .iter()
+        .map(|ifindex| known.get(ifindex).copied().filter(|index| given.insert(*index)))
+        .collect();
+    for index in indexes.iter_mut().filter(|index| index.is_none()) {
+        let all = || 0..MAX_PARENTS as u16;
+        // Records of parents that are gone give way when there is no other.
+        let free = all()
+            .find(|index| !taken.contains(index) && !given.contains(index))
+            .or_else(|| all().find(|index| !given.contains(index)));
+        *index = free.inspect(|free| {
+            taken.insert(*free);
+            given.insert(*free);
+        });
+    }
+    indexes.into_iter().map(Option::unwrap_or_default).collect()
+}
+
+/// Destinations that are not left to the wire.
+fn host_dsts(host: &config::Host, addresses: &[IpAddr]) -> BTreeMap<Ipv4Net, u32> {
+    // kube-proxy may give the node every Service's address: one prefix is enough for them.
+    let own = addresses.iter().filter_map(|address| match address {
+        IpAddr::V4(address) if host.prefixes.iter().all(|prefix| !prefix.contains(address)) => {
+            Some(Ipv4Net::from(*address))
+        }
+        _ => None,
+    });
+    let mut all: BTreeMap<Ipv4Net, u32> =
+        own.chain(host.prefixes.iter().copied()).map(|prefix| (prefix, host_dst::HOST)).collect();
+    match host.metadata {
+        Metadata::Deny => all.insert(METADATA.into(), host_dst::DENY),
+        Metadata::Host => all.insert(METADATA.into(), host_dst::HOST),
+        // A flag of nothing hides a wider prefix that holds the address.
+        Metadata::Wire => all.insert(METADATA.into(), 0),
+    };
+    all
+}
+
+fn pod_spec(pod: &Pod) -> PodSpec {
+    PodSpec {
+        owner_key: pod.container_id.clone(),
+        netns: pod.netns.clone(),
+        interface: pod.interface.to_string(),
+        host_interface: pod.host_interface.as_ref().map(ToString::to_string),
+        mac: pod.mac.0,
+        ipv4: pod.ipv4,
+        subnet: pod.subnet,
+        gateway: pod.gateway,
+        gateway_mac: pod.gateway_mac.0,
+        mtu: pod.mtu,
+        parent: pod.parent.to_string(),
+    }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn live(parent: u16, parent_ifindex: u32) -> Live {
+        Live { slot: 1, record: Endpoint { parent, parent_ifindex, ..Endpoint::ZERO }, missing: 0 }
+    }
+
+    #[test]
+    fn parents_keep_the_numbers_that_records_know() {
+        let pods = [live(1, 7), live(0, 5)];
+        assert_eq!(parent_indexes(&[7, 5], pods.iter()), [1, 0]);
+        assert_eq!(parent_indexes(&[9, 5], pods.iter()), [2, 0]);
+        assert_eq!(parent_indexes(&[9, 8], [].iter()), [0, 1]);
+    }
+
+    #[test]
+    fn numbers_of_lost_parents_are_given_when_there_is_no_other() {
+        let pods: Vec<_> = (0..8).map(|i| live(i, 100 + u32::from(i))).collect();
+        assert_eq!(parent_indexes(&[103, 9], pods.iter()), [3, 0]);
+    }
+
+    #[test]
+    fn the_host_serves_its_own_addresses_and_what_is_configured() {
+        let addresses = ["10.1.0.167", "fe80::1", "10.247.0.10"].map(|address| address.parse().unwrap());
+        let prefixes = vec!["10.247.0.0/16".parse().unwrap()];
+        for (metadata, flags) in
+            [(Metadata::Deny, host_dst::DENY), (Metadata::Host, host_dst::HOST), (Metadata::Wire, 0)]
+        {
+            let host = config::Host { prefixes: prefixes.clone(), metadata };
+            let expected: BTreeMap<Ipv4Net, u32> = [
+                ("10.1.0.167/32", host_dst::HOST),
+                ("10.247.0.0/16", host_dst::HOST),
+                ("169.254.169.254/32", flags),
+            ]
+            .into_iter()
+            .map(|(net, flags)| (net.parse().unwrap(), flags))
+            .collect();
+            assert_eq!(host_dsts(&host, &addresses), expected);
+        }
+    }
+}

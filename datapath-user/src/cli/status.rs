@@ -1,0 +1,142 @@
+//! `eniway status`: is the agent well, and what does it hold on this node?
+
+use std::{
+    fmt::Write as _,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde::Serialize;
+
+use super::{
+    CliError, Node, Target, full_name, print, print_json,
+    table::{Align, Table, duration, number},
+};
+use crate::status::Status;
+
+/// Show the agent's health and what it holds on this node
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    /// Whether the agent's process lives.
+    running: bool,
+    /// Pods whose every index is in the tables; `null` where there are no tables.
+    pods_programmed: Option<usize>,
+    /// Flows remembered; `null` where there are no tables.
+    flows: Option<usize>,
+    #[serde(flatten)]
+    status: &'a Status,
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// When no agent has ever run, or something cannot be read.
+pub fn run(args: &Args) -> Result<(), CliError> {
+    let node = Node::read(&args.target)?;
+    let Some(status) = &node.status else {
+        // Says which file, and that nothing has run.
+        return Status::read(&node.config.run_dir).map(drop).map_err(CliError::from);
+    };
+    let (pods_programmed, flows) = match node.maps_or_note() {
+        Some(maps) => {
+            let complete = maps.pods()?.into_iter().filter(|pod| pod.missing == 0);
+            (Some(complete.count()), Some(maps.flows()?.len()))
+        }
+        None => (None, None),
+    };
+    let report = Report { running: node.running, pods_programmed, flows, status };
+    if args.target.json { print_json(&report) } else { print(&text(&report, &node)) }
+}
+
+fn text(report: &Report<'_>, node: &Node) -> String {
+    let status = report.status;
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(out, "{name:<14}{value}");
+    };
+    line("node", status.node.clone());
+    let agent = match report.running {
+        true => format!("running, process {}, for {}", status.pid, since(status.started)),
+        false => format!("not running (was process {}); the kernel forwards without it", status.pid),
+    };
+    line("agent", agent);
+    line("ready", if status.ready { "yes" } else { "no" }.to_owned());
+    line("revision", status.revision.map_or_else(|| "none yet".to_owned(), |revision| revision.to_string()));
+    let source = match (&status.source_error, status.source_down_since) {
+        (None, None) => "ok".to_owned(),
+        (Some(error), None) => error.clone(),
+        (error, Some(down)) => {
+            format!("{}, for {}", error.as_deref().unwrap_or("unreachable"), since(down))
+        }
+    };
+    line("source", source);
+    if let Some(reason) = &status.held_back {
+        line("held back", format!("{reason} (`eniway confirm` lets it through)"));
+    }
+    line("fast path", status.fast_path.clone());
+    let pods = match report.pods_programmed {
+        Some(programmed) => format!("{} known, {programmed} in the tables", status.pods.len()),
+        None => format!("{} known", status.pods.len()),
+    };
+    line("pods", pods);
+    if let Some(flows) = report.flows {
+        let limit = number(u64::from(node.config.limits.flows));
+        line("flows", format!("{} remembered, room for {limit}", number(flows as u64)));
+    }
+    line("pins", node.pins.version_dir().display().to_string());
+
+    let mut parents = Table::new(&[
+        ("PARENT", Align::Left),
+        ("INDEX", Align::Right),
+        ("IFINDEX", Align::Right),
+        ("PODS", Align::Right),
+        ("TC", Align::Left),
+        ("XDP", Align::Left),
+        ("WANTED", Align::Left),
+    ]);
+    for parent in &status.parents {
+        let pods = status.pods.iter().filter(|pod| pod.parent == parent.interface).count();
+        parents.row([
+            parent.interface.clone(),
+            parent.index.to_string(),
+            parent.ifindex.to_string(),
+            pods.to_string(),
+            parent.tc.clone(),
+            parent.xdp_mode.clone(),
+            parent.xdp_wanted.clone(),
+        ]);
+    }
+    let _ = write!(out, "\n{parents}");
+    for parent in &status.parents {
+        for note in &parent.notes {
+            let _ = writeln!(out, "  {}: {note}", parent.interface);
+        }
+    }
+    section(&mut out, "changed on this node", status.node_changes.iter().cloned());
+    let errors =
+        status.pods.iter().filter_map(|pod| Some(format!("{}: {}", full_name(pod), pod.error.as_ref()?)));
+    section(&mut out, "pods with errors", errors);
+    out
+}
+
+fn section(out: &mut String, title: &str, lines: impl Iterator<Item = String>) {
+    let mut lines = lines.peekable();
+    if lines.peek().is_some() {
+        let _ = writeln!(out, "\n{title}:");
+    }
+    for line in lines {
+        let _ = writeln!(out, "  {line}");
+    }
+}
+
+fn since(unix_seconds: u64) -> String {
+    let then = UNIX_EPOCH + Duration::from_secs(unix_seconds);
+    duration(SystemTime::now().duration_since(then).map_or(0, |elapsed| elapsed.as_secs()))
+}

@@ -1,0 +1,114 @@
+//! The end of the datapath on a node: everything that the agent made is removed, and nothing else.
+
+use std::{collections::BTreeSet, fs};
+
+use crate::{
+    attach::{self, AttachError},
+    config::Config,
+    feature::{self, FeatureError},
+    lock::{self, LockError},
+    net,
+    object::program,
+    pin::{Hook, PinError, Pins},
+    status::Status,
+    tables::Maps,
+    wiring,
+};
+
+/// Why not everything was removed.
+#[derive(Debug, thiserror::Error)]
+pub enum DetachError {
+    /// The process may not do it, or the kernel is not one that eniway runs on.
+    #[error(transparent)]
+    Feature(#[from] FeatureError),
+    /// An agent runs, and would put everything back.
+    #[error(transparent)]
+    Running(#[from] LockError),
+    /// A program cannot be taken from its interface.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// A pin cannot be removed.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+}
+
+/// What was removed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Detached {
+    /// Host-side interfaces of pods that had programs.
+    pub pods: Vec<String>,
+    /// Parent ENIs.
+    pub parents: Vec<String>,
+    /// What could not be put back as it was; programs and tables are gone all the same.
+    pub problems: Vec<String>,
+}
+
+/// Removes pods' wiring, programs, rules and routes, tables and the status file. Pods lose their network. Doing it
+/// twice is fine.
+///
+/// # Errors
+///
+/// When an agent is running, or a program or pin cannot be removed.
+pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
+    feature::check_privileges()?;
+    let _lock = lock::lock_run_dir(&config.run_dir)?;
+    let pins = Pins::new(&config.pin_dir);
+    let version_dir = pins.version_dir();
+    let _pin_lock = if version_dir.exists() { Some(lock::lock_pins(&version_dir)?) } else { None };
+    let kind = feature::probe()?;
+    let mut report = Detached::default();
+
+    let mut pods: BTreeSet<u32> = pins.pinned_pods()?.into_iter().collect();
+    // Tables of another layout, or none: the pins have to do.
+    if let Ok(known) = Maps::open(&pins).and_then(|maps| maps.pods()) {
+        pods.extend(known.iter().map(|pod| pod.record.ifindex));
+    }
+    for ifindex in pods {
+        // The veth goes first: without its program an interface would be open to the host's stack.
+        let name = net::ifname(ifindex);
+        if let Some(name) = &name {
+            if let Err(error) = wiring::unwire(name).await {
+                report.problems.push(error.to_string());
+            }
+            report.pods.push(name.clone());
+        }
+        let name = name.as_deref().filter(|name| net::ifindex(name) == Some(ifindex));
+        for (program, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+            attach::detach_tc(&pins, kind, program, name, hook, &pins.pod_tc(ifindex, hook))?;
+        }
+    }
+
+    let mut parents: BTreeSet<String> = pins.pinned_parents()?.into_iter().collect();
+    parents.extend(config.parents.iter().map(|parent| parent.interface.to_string()));
+    for parent in parents {
+        detach_parent(&pins, kind, &parent)
+            .await?
+            .into_iter()
+            .for_each(|problem| report.problems.push(problem));
+        report.parents.push(parent);
+    }
+
+    pins.remove_all()?;
+    let _ = fs::remove_file(Status::path(&config.run_dir));
+    Ok(report)
+}
+
+/// Removes programs, rules and routes of one parent ENI. Returns what could not be put back.
+///
+/// # Errors
+///
+/// When a program cannot be removed.
+pub(crate) async fn detach_parent(
+    pins: &Pins,
+    kind: feature::TcKind,
+    interface: &str,
+) -> Result<Option<String>, AttachError> {
+    let present = net::ifindex(interface).is_some().then_some(interface);
+    for (program, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
+        attach::detach_tc(pins, kind, program, present, hook, &pins.parent_tc(interface, hook))?;
+    }
+    for generic in [false, true] {
+        pins.remove(&pins.parent_xdp(interface, generic))?;
+    }
+    Ok(wiring::restore_parent(interface).await.err().map(|error| error.to_string()))
+}

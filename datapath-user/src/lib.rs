@@ -1,0 +1,28 @@
+//! The eniway agent as a library: everything between the IPAM allocator's word and the kernel's tables.
+//!
+//! Top down: [`agent`] is the loop; [`source`] says what should be, [`tables`] what is, [`reconcile`] the difference;
+//! [`object`], [`pin`] and [`attach`] put the programs in place; [`wiring`] connects pods and prepares parents.
+//! [`detach`] takes everything down again. [`cli`] shows what runs.
+
+pub mod agent;
+pub mod attach;
+pub mod cli;
+pub mod config;
+pub mod detach;
+mod error;
+pub mod ethtool;
+pub mod feature;
+pub mod live;
+pub mod lock;
+pub mod net;
+pub mod netlink;
+pub mod netns;
+pub mod object;
+pub mod pin;
+pub mod reconcile;
+pub mod source;
+pub mod status;
+mod sys;
+pub mod sysctl;
+pub mod tables;
+pub mod wiring;

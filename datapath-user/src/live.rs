@@ -1,0 +1,346 @@
+//! The pinned tables as they are now, for `eniway trace` to decide over.
+//!
+//! [`LiveTables`] answers the look-ups of a decision as the kernel's programs would have them answered, and writes each
+//! down. What a decision wants remembered is kept here, for the decisions after it, and never gets into the maps:
+//! looking leaves no trace.
+
+use std::{
+    cell::{Cell, OnceCell, RefCell},
+    collections::{HashMap, HashSet},
+    fmt::Display,
+    net::Ipv4Addr,
+};
+
+use datapath_common::{
+    abi::{
+        Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin,
+        maps::{self, host_dst},
+    },
+    packet::ipv4::{ICMP, TCP, UDP},
+    tables::Tables,
+};
+use serde::Serialize;
+
+use crate::tables::{Index, Maps, TablesError};
+
+/// Something that a decision asked of the tables, or wants remembered in them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Step {
+    /// The map, or the constant.
+    pub table: &'static str,
+    /// What was asked for, or what is to be remembered.
+    pub key: String,
+    /// What it answered.
+    pub answer: String,
+}
+
+/// The tables of a node.
+pub struct LiveTables {
+    maps: Maps,
+    fast_path: bool,
+    /// Names of pods by id, for the steps.
+    names: HashMap<u32, String>,
+    /// Records by slot, each read once: decisions hold on to them.
+    records: Vec<OnceCell<Option<Endpoint>>>,
+    /// Flows that were handed out, for the same reason.
+    handed_out: List<Flow>,
+    /// Index of the parent that the program in question is attached to.
+    parent: Cell<u16>,
+    steps: RefCell<Vec<Step>>,
+    failure: RefCell<Option<TablesError>>,
+    flows: RefCell<HashMap<FlowKey, Option<Flow>>>,
+    fragments: RefCell<HashMap<FragmentKey, Door>>,
+    marks: RefCell<HashSet<u32>>,
+    flow_involved: Cell<bool>,
+}
+
+impl LiveTables {
+    /// Over these maps. `fast_path` is how the programs were loaded, which no map says; `names` gives pods by id.
+    pub fn new(maps: Maps, fast_path: bool, names: HashMap<u32, String>) -> Self {
+        let records = (0..maps.slots()).map(|_| OnceCell::new()).collect();
+        Self {
+            maps,
+            fast_path,
+            names,
+            records,
+            handed_out: List::default(),
+            parent: Cell::new(0),
+            steps: RefCell::default(),
+            failure: RefCell::default(),
+            flows: RefCell::default(),
+            fragments: RefCell::default(),
+            marks: RefCell::default(),
+            flow_involved: Cell::new(false),
+        }
+    }
+
+    /// Answers from now on as a program attached to the parent with this index.
+    pub fn at_parent(&self, index: u16) {
+        self.parent.set(index);
+    }
+
+    /// The steps since the last call.
+    ///
+    /// # Errors
+    ///
+    /// When a look-up failed, so that its answer was made up.
+    pub fn take_steps(&self) -> Result<Vec<Step>, TablesError> {
+        match self.failure.take() {
+            Some(failure) => Err(failure),
+            None => Ok(self.steps.take()),
+        }
+    }
+
+    /// Whether a remembered flow has been met, or one would be remembered, since the beginning.
+    pub fn flow_involved(&self) -> bool {
+        self.flow_involved.get()
+    }
+
+    /// The record of the pod with this address on this node. No step.
+    ///
+    /// # Errors
+    ///
+    /// When the maps cannot be read.
+    pub fn pod(&self, address: Ipv4Addr) -> Result<Option<&Endpoint>, TablesError> {
+        let slot = self.maps.slot(Index::Ipv4(address.octets()))?;
+        let record = self.record(slot);
+        match self.failure.take() {
+            Some(failure) => Err(failure),
+            None => Ok(record),
+        }
+    }
+
+    /// The maps themselves.
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// The name of the pod with this id.
+    pub fn name(&self, id: u32) -> String {
+        self.names.get(&id).cloned().unwrap_or_else(|| format!("id {id}"))
+    }
+
+    fn record(&self, slot: u32) -> Option<&Endpoint> {
+        // Slot 0 stands for "none".
+        let cell = self.records.get(slot as usize).filter(|_| slot != 0)?;
+        cell.get_or_init(|| self.answer(self.maps.record(slot).map(Some))).as_ref()
+    }
+
+    /// The answer; if there is none, that of an empty table, and the failure is kept for
+    /// [`take_steps`](Self::take_steps).
+    fn answer<V: Default>(&self, result: Result<V, TablesError>) -> V {
+        result.unwrap_or_else(|failure| {
+            self.failure.borrow_mut().get_or_insert(failure);
+            V::default()
+        })
+    }
+
+    fn step(&self, table: &'static str, key: impl Display, answer: impl Display) {
+        let step = Step { table, key: key.to_string(), answer: answer.to_string() };
+        self.steps.borrow_mut().push(step);
+    }
+
+    fn slot(&self, table: &'static str, key: impl Display, index: Index) -> u32 {
+        let slot = self.answer(self.maps.slot(index));
+        match slot {
+            0 => self.step(table, key, "none"),
+            slot => self.step(table, key, format_args!("slot {slot}")),
+        }
+        slot
+    }
+
+    fn flow_name(&self, key: &FlowKey) -> String {
+        let (proto, remote, pod) = (proto_name(key.proto), Ipv4Addr::from(key.remote), self.name(key.id));
+        format!("{proto} {remote}:{} with {pod}:{}", key.remote_port, key.local_port)
+    }
+}
+
+impl Tables for LiveTables {
+    fn subeni(&self, vid: u16) -> u32 {
+        let parent = self.parent.get();
+        let key = format_args!("parent {parent}, VLAN {vid}");
+        self.slot(maps::SUBENI, key, Index::Vlan { parent, vid })
+    }
+
+    fn pod_by_ifindex(&self, ifindex: u32) -> u32 {
+        self.slot(maps::POD_IF, format_args!("interface {ifindex}"), Index::Interface(ifindex))
+    }
+
+    fn pod_by_ipv4(&self, address: [u8; 4]) -> u32 {
+        self.slot(maps::POD_IP4, Ipv4Addr::from(address), Index::Ipv4(address))
+    }
+
+    fn endpoint(&self, slot: u32) -> Option<&Endpoint> {
+        let record = self.record(slot);
+        // Slot 0 is no look-up, only the answer "none" handed on.
+        if slot != 0 {
+            let answer = record.map_or_else(|| "none".to_owned(), |record| self.name(record.id));
+            self.step(maps::ENDPOINT, format_args!("slot {slot}"), answer);
+        }
+        record
+    }
+
+    fn host_dst(&self, address: [u8; 4]) -> u32 {
+        let flags = self.answer(self.maps.host_dst(address));
+        let mut words = Vec::new();
+        if flags & host_dst::HOST != 0 {
+            words.push("served by the node's stack");
+        }
+        if flags & host_dst::DENY != 0 {
+            words.push("denied");
+        }
+        let answer = if words.is_empty() { "none".to_owned() } else { words.join(", ") };
+        self.step(maps::HOST_DST, Ipv4Addr::from(address), answer);
+        flags
+    }
+
+    fn is_vip(&self, address: [u8; 4], port: u16, proto: u8) -> bool {
+        let vip = self.answer(self.maps.is_vip(address, port, proto));
+        let key = format!("{} {}:{port}", proto_name(proto), Ipv4Addr::from(address));
+        self.step(maps::VIPS, key, if vip { "a load balancer's" } else { "none" });
+        vip
+    }
+
+    fn marked(&self, id: u32) -> bool {
+        let marked = self.marks.borrow().contains(&id) || self.answer(self.maps.marked(id));
+        let answer = if marked { "may have remembered flows" } else { "has no remembered flows" };
+        self.step(maps::FLOW_MARK, self.name(id), answer);
+        marked
+    }
+
+    fn flow(&self, key: &FlowKey) -> Option<&Flow> {
+        let known = self.flows.borrow().get(key).copied();
+        let flow = known.unwrap_or_else(|| self.answer(self.maps.flow(key)));
+        let answer = flow.map_or_else(|| "none".to_owned(), |flow| memory_text(&flow, key.proto, self.now()));
+        self.step(maps::FLOWS, self.flow_name(key), answer);
+        if flow.is_some() {
+            self.flow_involved.set(true);
+        }
+        flow.map(|flow| self.handed_out.push(flow))
+    }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<Door> {
+        let known = self.fragments.borrow().get(key).copied();
+        let door = known.or_else(|| {
+            let fragment: Option<Fragment> = self.answer(self.maps.fragment(key));
+            Door::from_u8(fragment?.door)
+        });
+        self.step(maps::FRAGS, fragment_name(key), door.map_or("none", Door::name));
+        door
+    }
+
+    fn now(&self) -> u32 {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+        // This clock cannot fail. Of its seconds the kernel's programs keep the lower 32 bits, too.
+        now.map_or(0, |now| now.tv_sec() as u32)
+    }
+
+    fn remember(&self, key: &FlowKey, flow: &Flow) {
+        let answer = format!("to be remembered: {}", memory_text(flow, key.proto, self.now()));
+        self.step(maps::FLOWS, self.flow_name(key), answer);
+        self.flow_involved.set(true);
+        self.flows.borrow_mut().insert(*key, Some(*flow));
+        self.marks.borrow_mut().insert(key.id);
+    }
+
+    fn forget(&self, key: &FlowKey) {
+        self.step(
+            maps::FLOWS,
+            self.flow_name(key),
+            "to be forgotten: the flow begins anew by its default door",
+        );
+        self.flows.borrow_mut().insert(*key, None);
+    }
+
+    fn remember_fragment(&self, key: &FragmentKey, door: Door) {
+        let answer = format_args!("to be remembered: door `{}`", door.name());
+        self.step(maps::FRAGS, fragment_name(key), answer);
+        self.fragments.borrow_mut().insert(*key, door);
+        self.marks.borrow_mut().insert(key.id);
+    }
+
+    fn fast_path(&self) -> bool {
+        self.step(maps::FAST_PATH, "constant of the programs", if self.fast_path { "on" } else { "off" });
+        self.fast_path
+    }
+}
+
+/// A protocol as people write it.
+pub fn proto_name(proto: u8) -> String {
+    match proto {
+        ICMP => "icmp".to_owned(),
+        TCP => "tcp".to_owned(),
+        UDP => "udp".to_owned(),
+        other => format!("protocol {other}"),
+    }
+}
+
+fn fragment_name(key: &FragmentKey) -> String {
+    format!("{} to {}, identification {}", Ipv4Addr::from(key.src), Ipv4Addr::from(key.dst), key.ident)
+}
+
+fn memory_text(flow: &Flow, proto: u8, now: u32) -> String {
+    let door = Door::from_u8(flow.door).map_or_else(|| flow.door.to_string(), |door| door.name().to_owned());
+    let origin = match flow.origin {
+        origin if origin == Origin::Inbound as u8 => format!("came in by door `{door}`"),
+        origin if origin == Origin::HostForwarded as u8 => "sent out by the node's stack".to_owned(),
+        origin => format!("origin {origin}, door `{door}`"),
+    };
+    if proto == TCP || flow.alive(now) {
+        origin
+    } else {
+        format!("{origin}, but silent for too long to count")
+    }
+}
+
+/// Values that stay where they are once they are in.
+struct List<T> {
+    first: OnceCell<Box<Entry<T>>>,
+}
+
+struct Entry<T> {
+    value: T,
+    next: OnceCell<Box<Entry<T>>>,
+}
+
+impl<T> Default for List<T> {
+    fn default() -> Self {
+        Self { first: OnceCell::new() }
+    }
+}
+
+impl<T> List<T> {
+    fn push(&self, value: T) -> &T {
+        let mut end = &self.first;
+        while let Some(entry) = end.get() {
+            end = &entry.next;
+        }
+        &end.get_or_init(|| Box::new(Entry { value, next: OnceCell::new() })).value
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memories_read_like_sentences() {
+        let flow = Flow { door: Door::Wire as u8, origin: Origin::Inbound as u8, pad: [0; 2], seen: 100 };
+        assert_eq!(memory_text(&flow, TCP, 10_000), "came in by door `wire`");
+        assert_eq!(memory_text(&flow, UDP, 100), "came in by door `wire`");
+        assert_eq!(
+            memory_text(&flow, UDP, 10_000),
+            "came in by door `wire`, but silent for too long to count"
+        );
+        let flow = Flow { origin: Origin::HostForwarded as u8, ..flow };
+        assert_eq!(memory_text(&flow, TCP, 100), "sent out by the node's stack");
+    }
+
+    #[test]
+    fn what_is_in_a_list_stays_in_place() {
+        let list = List::default();
+        let first = list.push(1);
+        let second = list.push(2);
+        assert_eq!((*first, *second, *list.push(3)), (1, 2, 3));
+    }
+}

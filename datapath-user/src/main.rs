@@ -1,0 +1,75 @@
+//! `eniway`: the agent, and the commands that show and end what it does.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use datapath_user::{
+    agent::{self, Until},
+    cli,
+    config::{self, Config},
+};
+
+/// VPC-native networking for the pods of this node
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the agent
+    Agent {
+        /// The configuration file
+        #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+        /// Apply the source once and end; exit status 1 when something could not be applied
+        #[arg(long)]
+        once: bool,
+    },
+    /// Let a snapshot take effect that is held back because it removes most pods
+    Confirm {
+        /// The agent's configuration file
+        #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+    },
+    Status(cli::status::Args),
+    Pods(cli::pods::Args),
+    Counters(cli::counters::Args),
+    Trace(cli::trace::Args),
+    Detach(cli::detach::Args),
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("eniway: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Agent { config, once } => {
+            let config = Config::load(&config)?;
+            // What libraries say on the way is for those who ask for it by RUST_LOG.
+            let quiet = format!("{},aya=warn,aya_obj=warn,netlink_proto=warn", config.log);
+            let filter = env_logger::Env::default().default_filter_or(quiet);
+            env_logger::Builder::from_env(filter).init();
+            // One thread: sockets are made in the network namespace of the thread that makes them.
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(agent::run(config, if once { Until::Applied } else { Until::Stopped }))?;
+        }
+        Command::Confirm { config } => println!("confirmed: {}", agent::confirm(&Config::load(&config)?)?),
+        Command::Status(args) => cli::status::run(&args)?,
+        Command::Pods(args) => cli::pods::run(&args)?,
+        Command::Counters(args) => cli::counters::run(&args)?,
+        Command::Trace(args) => cli::trace::run(&args)?,
+        Command::Detach(args) => cli::detach::run(&args)?,
+    }
+    Ok(())
+}

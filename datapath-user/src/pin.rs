@@ -1,0 +1,436 @@
+//! Where everything lives on the BPF file system, and whether what lives there fits.
+//!
+//! ```text
+//! <pin_dir>/v<ABI version>/maps/<MAP>
+//!                          links/parent-<interface>-{in,out,xdp,xdpg}
+//!                          links/pod-<host-side ifindex>-{in,out}
+//! ```
+
+use std::{
+    fs, io,
+    mem::size_of,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    maps::{MapError, MapInfo, MapType, lpm_trie::Key},
+    sys::SyscallError,
+};
+use datapath_common::abi::{
+    self, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+    maps::{self, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS, MAX_VIPS, SLOTS_PER_ENDPOINT, VLANS, VipKey},
+};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use crate::{config::Limits, error::whole};
+
+/// Why the pins cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// The directory is not on a BPF file system.
+    #[error(
+        "pin_dir {} is not on a BPF file system, which keeps maps and programs while no agent runs: \
+         run `mount -t bpf bpf {}`",
+        pin_dir.display(), mount_point.display()
+    )]
+    NotBpffs {
+        /// The configured directory.
+        pin_dir: PathBuf,
+        /// Where one should be mounted.
+        mount_point: PathBuf,
+    },
+    /// A file or directory cannot be made, read or removed.
+    #[error("cannot {action} {}: {source}{}", path.display(), hint(path, source))]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A map's information cannot be had.
+    #[error("cannot inspect the pinned map {}: {}", path.display(), whole(source))]
+    Inspect {
+        /// The pin.
+        path: PathBuf,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// A pinned map is not what this version needs.
+    #[error(
+        "the pinned map {} is {found}, and {expected} is needed. Nothing was changed. Either set [limits] to what the \
+         tables were made with, or run `eniway detach` (pods lose their network until the agent is started again)",
+        path.display()
+    )]
+    Layout {
+        /// The pin.
+        path: PathBuf,
+        /// What is there.
+        found: MapLayout,
+        /// What should be.
+        expected: MapLayout,
+    },
+    /// Pins of another ABI version are there.
+    #[error(
+        "{} holds the maps and links of another version of eniway: run `eniway detach` of that version first \
+         (pods lose their network until this agent is started)",
+        path.display()
+    )]
+    OtherVersion {
+        /// Its directory.
+        path: PathBuf,
+    },
+}
+
+fn hint(path: &Path, error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::PermissionDenied && path.to_string_lossy().contains('.') {
+        "; a BPF file system refuses names with a dot"
+    } else {
+        ""
+    }
+}
+
+fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> PinError + 'a {
+    move |source| PinError::Io { action, path: path.to_owned(), source }
+}
+
+/// What must agree between a map and the programs that use it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MapLayout {
+    /// Kind of map.
+    pub kind: MapType,
+    /// Bytes of a key.
+    pub key: u32,
+    /// Bytes of a value.
+    pub value: u32,
+    /// Entries.
+    pub entries: u32,
+}
+
+impl std::fmt::Display for MapLayout {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { kind, key, value, entries } = self;
+        write!(f, "{kind:?} of {entries} entries with keys of {key} and values of {value} bytes")
+    }
+}
+
+impl MapLayout {
+    /// The layout of an existing map.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel has a kind of map that this program does not know.
+    pub fn of(info: &MapInfo) -> Result<Self, MapError> {
+        Ok(Self {
+            kind: info.map_type()?,
+            key: info.key_size(),
+            value: info.value_size(),
+            entries: info.max_entries(),
+        })
+    }
+}
+
+/// All maps as this version and these limits need them.
+pub fn layouts(limits: &Limits) -> [(&'static str, MapLayout); maps::ALL.len()] {
+    const fn layout<K, V>(kind: MapType, entries: u32) -> MapLayout {
+        MapLayout { kind, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries }
+    }
+    let pods = limits.endpoints;
+    [
+        (maps::ENDPOINT, layout::<u32, Endpoint>(MapType::Array, pods * SLOTS_PER_ENDPOINT + 1)),
+        (maps::SUBENI, layout::<u32, u32>(MapType::Array, MAX_PARENTS * VLANS)),
+        (maps::POD_IF, layout::<u32, u32>(MapType::Hash, pods)),
+        (maps::POD_IP4, layout::<[u8; 4], u32>(MapType::Hash, pods)),
+        (maps::POD_IP6, layout::<[u8; 16], u32>(MapType::Hash, pods)),
+        (maps::HOST_DST, layout::<Key<[u8; 4]>, u32>(MapType::LpmTrie, MAX_HOST_DST)),
+        (maps::VIPS, layout::<VipKey, u32>(MapType::Hash, MAX_VIPS)),
+        (maps::FLOWS, layout::<FlowKey, Flow>(MapType::LruHash, limits.flows)),
+        (maps::FLOW_MARK, layout::<u32, u32>(MapType::Array, pods + 1)),
+        (maps::FRAGS, layout::<FragmentKey, Fragment>(MapType::LruHash, MAX_FRAGS)),
+        (maps::COUNTERS, layout::<u32, CounterRow>(MapType::PerCpuArray, pods + 1)),
+    ]
+}
+
+/// Which way a tc program looks, as part of a link's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// tc ingress of the interface.
+    In,
+    /// tc egress of the interface.
+    Out,
+}
+
+/// The directory of all pins.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    pin_dir: PathBuf,
+}
+
+impl Pins {
+    /// Everything below `pin_dir`; nothing is touched yet.
+    pub fn new(pin_dir: &Path) -> Self {
+        Self { pin_dir: pin_dir.to_owned() }
+    }
+
+    /// The directory of this ABI version.
+    pub fn version_dir(&self) -> PathBuf {
+        self.pin_dir.join(format!("v{}", abi::VERSION))
+    }
+
+    /// The directory of maps.
+    pub fn maps_dir(&self) -> PathBuf {
+        self.version_dir().join("maps")
+    }
+
+    /// The directory of links.
+    pub fn links_dir(&self) -> PathBuf {
+        self.version_dir().join("links")
+    }
+
+    /// The pin of a map.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps_dir().join(name)
+    }
+
+    /// The pin of a parent's tc link.
+    pub fn parent_tc(&self, interface: &str, hook: Hook) -> PathBuf {
+        self.links_dir().join(format!("{}{}", parent_prefix(interface), hook.suffix()))
+    }
+
+    /// The pin of a parent's XDP link. A link's mode cannot be changed, so it is part of the name.
+    pub fn parent_xdp(&self, interface: &str, generic: bool) -> PathBuf {
+        self.links_dir().join(format!("{}{}", parent_prefix(interface), if generic { "xdpg" } else { "xdp" }))
+    }
+
+    /// The pin of a pod's tc link.
+    pub fn pod_tc(&self, ifindex: u32, hook: Hook) -> PathBuf {
+        self.links_dir().join(format!("pod-{ifindex}-{}", hook.suffix()))
+    }
+
+    /// Host-side interface indexes of all pods that have a link pinned.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be read.
+    pub fn pinned_pods(&self) -> Result<Vec<u32>, PinError> {
+        let mut pods: Vec<u32> = self
+            .link_names()?
+            .iter()
+            .filter_map(|name| name.strip_prefix("pod-")?.rsplit_once('-')?.0.parse().ok())
+            .collect();
+        pods.sort_unstable();
+        pods.dedup();
+        Ok(pods)
+    }
+
+    /// Interfaces of all parents that have a link pinned.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be read.
+    pub fn pinned_parents(&self) -> Result<Vec<String>, PinError> {
+        let mut parents: Vec<String> = self
+            .link_names()?
+            .iter()
+            .filter_map(|name| Some(name.strip_prefix("parent-")?.rsplit_once('-')?.0.replace(':', ".")))
+            .collect();
+        parents.sort_unstable();
+        parents.dedup();
+        Ok(parents)
+    }
+
+    fn link_names(&self) -> Result<Vec<String>, PinError> {
+        let dir = self.links_dir();
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("read", &dir)(error)),
+        };
+        entries
+            .map(|entry| {
+                Ok(entry.map_err(io_error("read", &dir))?.file_name().to_string_lossy().into_owned())
+            })
+            .collect()
+    }
+
+    /// Checks that the directory can hold pins and makes it ready.
+    ///
+    /// # Errors
+    ///
+    /// When it is not on a BPF file system, or holds another version's pins.
+    pub fn prepare(&self) -> Result<(), PinError> {
+        self.check_bpffs()?;
+        self.check_versions()?;
+        for dir in [self.maps_dir(), self.links_dir()] {
+            fs::create_dir_all(&dir).map_err(io_error("make the directory", &dir))?;
+        }
+        Ok(())
+    }
+
+    fn check_bpffs(&self) -> Result<(), PinError> {
+        let existing = self.pin_dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
+        let file_system = statfs(existing).map_err(|errno| io_error("inspect", existing)(errno.into()))?;
+        if file_system.filesystem_type() == BPF_FS_MAGIC {
+            return Ok(());
+        }
+        let usual = Path::new("/sys/fs/bpf");
+        let mount_point = if self.pin_dir.starts_with(usual) { usual } else { &self.pin_dir };
+        Err(PinError::NotBpffs { pin_dir: self.pin_dir.clone(), mount_point: mount_point.to_owned() })
+    }
+
+    fn check_versions(&self) -> Result<(), PinError> {
+        let entries = match fs::read_dir(&self.pin_dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(io_error("read", &self.pin_dir)(error)),
+        };
+        for entry in entries {
+            let path = entry.map_err(io_error("read", &self.pin_dir))?.path();
+            let version =
+                path.file_name().and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
+            if version.is_some_and(|version| version != abi::VERSION) {
+                return Err(PinError::OtherVersion { path });
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the maps that exist with what is needed. aya opens a pinned map without looking.
+    ///
+    /// # Errors
+    ///
+    /// When one differs.
+    pub fn check_layouts(&self, limits: &Limits) -> Result<(), PinError> {
+        for (name, expected) in layouts(limits) {
+            let path = self.map(name);
+            let info = match MapInfo::from_pin(&path) {
+                Ok(info) => info,
+                Err(MapError::SyscallError(SyscallError { io_error, .. }))
+                    if io_error.kind() == io::ErrorKind::NotFound =>
+                {
+                    continue;
+                }
+                Err(source) => return Err(PinError::Inspect { path, source }),
+            };
+            let found =
+                MapLayout::of(&info).map_err(|source| PinError::Inspect { path: path.clone(), source })?;
+            if found != expected {
+                return Err(PinError::Layout { path, found, expected });
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes one pin; one that is gone is fine.
+    ///
+    /// # Errors
+    ///
+    /// When it is there and cannot be removed.
+    pub fn remove(&self, path: &Path) -> Result<bool, PinError> {
+        match fs::remove_file(path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(io_error("remove", path)(error)),
+        }
+    }
+
+    /// Removes all pins and the directories that hold them.
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be removed.
+    pub fn remove_all(&self) -> Result<(), PinError> {
+        for dir in [self.links_dir(), self.maps_dir()] {
+            let entries = match fs::read_dir(&dir) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(io_error("read", &dir)(error)),
+            };
+            for entry in entries {
+                self.remove(&entry.map_err(io_error("read", &dir))?.path())?;
+            }
+            fs::remove_dir(&dir).map_err(io_error("remove", &dir))?;
+        }
+        // The operator may keep other things beside ours.
+        let _ = fs::remove_dir(self.version_dir());
+        let _ = fs::remove_dir(&self.pin_dir);
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::In => "ingress",
+            Self::Out => "egress",
+        })
+    }
+}
+
+impl Hook {
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::In => "in",
+            Self::Out => "out",
+        }
+    }
+}
+
+/// A BPF file system refuses dots, and no interface's name has a colon.
+fn parent_prefix(interface: &str) -> String {
+    format!("parent-{}-", interface.replace('.', ":"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_map_has_a_layout() {
+        let names: Vec<_> = layouts(&Limits::default()).iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, maps::ALL);
+    }
+
+    #[test]
+    fn limits_size_the_maps() {
+        let layouts = layouts(&Limits { endpoints: 10, flows: 2048 });
+        let entries = |wanted| layouts.iter().find(|(name, _)| *name == wanted).unwrap().1.entries;
+        assert_eq!(entries(maps::ENDPOINT), 21);
+        assert_eq!(entries(maps::COUNTERS), 11);
+        assert_eq!(entries(maps::FLOW_MARK), 11);
+        assert_eq!(entries(maps::POD_IF), 10);
+        assert_eq!(entries(maps::FLOWS), 2048);
+        assert_eq!(entries(maps::SUBENI), 8 * 4096);
+    }
+
+    #[test]
+    fn paths_hold_the_version_and_no_dot_of_an_interface() {
+        let pins = Pins::new(Path::new("/sys/fs/bpf/x"));
+        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v1/maps/ENDPOINT"));
+        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v1/links/parent-eth1:5-in"));
+        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v1/links/parent-eth1-xdpg"));
+        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v1/links/pod-7-out"));
+    }
+
+    #[test]
+    fn pins_are_found_again_by_name() {
+        let dir = std::env::temp_dir().join(format!("eniway-pin-{}", std::process::id()));
+        let pins = Pins::new(&dir);
+        fs::create_dir_all(pins.links_dir()).unwrap();
+        for path in [
+            pins.pod_tc(7, Hook::In),
+            pins.pod_tc(7, Hook::Out),
+            pins.pod_tc(12, Hook::In),
+            pins.parent_tc("eth-1.5", Hook::In),
+            pins.parent_xdp("eth-1.5", false),
+        ] {
+            fs::write(path, []).unwrap();
+        }
+        assert_eq!(pins.pinned_pods().unwrap(), [7, 12]);
+        assert_eq!(pins.pinned_parents().unwrap(), ["eth-1.5"]);
+        assert!(matches!(pins.prepare(), Err(PinError::NotBpffs { .. })));
+        pins.remove_all().unwrap();
+        assert!(!dir.exists());
+    }
+}

@@ -1,0 +1,1216 @@
+//! The tables of the datapath as typed handles, and the rules by which records come, change and go.
+//!
+//! [`Maps`] reads and writes single maps. [`Tables`] owns slots and ids: a record is written before any index points
+//! at its slot and never changes while one does; a change takes a fresh slot and swaps the indexes; slots and ids
+//! rest before they are used again, because a program that looked one up may still be running. Nothing is kept
+//! beside the maps: what [`Tables::new`] finds in them is the state.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::fd::AsFd as _,
+    time::{Duration, Instant},
+};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie::Key},
+    sys::SyscallError,
+    util::nr_cpus,
+};
+use datapath_common::abi::{
+    CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+    maps::{self, SLOTS_PER_ENDPOINT, VLANS, VipKey},
+};
+use ipnet::Ipv4Net;
+
+use crate::{
+    config::Limits,
+    error::whole,
+    net,
+    pin::{MapLayout, Pins},
+};
+
+/// How long a slot or id rests. A program runs for microseconds; a preempted one may sleep a while.
+pub const GRACE: Duration = Duration::from_secs(1);
+
+/// Why a table cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum TablesError {
+    /// A map is not there.
+    #[error("map {map} is missing in {place}: {hint}")]
+    Missing {
+        /// The map.
+        map: &'static str,
+        /// Where it was looked for.
+        place: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The kernel refused an operation on a map.
+    #[error("cannot {action} map {map}: {}{}", whole(source), if is_denied(source) { "; this needs root" } else { "" })]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// The number of CPUs is unknown.
+    #[error("cannot read the number of CPUs from {file}: {source}")]
+    Cpus {
+        /// Where it should be.
+        file: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Every id is taken.
+    #[error(
+        "all {limit} places for pods are taken; raise limits.endpoints (needs `eniway detach`) or remove pods"
+    )]
+    Full {
+        /// The configured limit.
+        limit: u32,
+    },
+    /// Every slot or id that is not taken was given up a moment ago.
+    #[error("all free places for pods were given up less than {} ms ago; try again then", GRACE.as_millis())]
+    Resting,
+    /// Another pod has it.
+    #[error("{what} belongs to {}", owner_text(*id, *owner))]
+    Occupied {
+        /// What is asked for twice.
+        what: Index,
+        /// The pod that has it.
+        id: u32,
+        /// Its owner.
+        owner: u64,
+    },
+    /// A newer allocation is in force.
+    #[error("generation {given} is older than {known}, which is in force")]
+    Stale {
+        /// The generation of the record that was refused.
+        given: u32,
+        /// The one in the tables.
+        known: u32,
+    },
+}
+
+fn is_denied(error: &MapError) -> bool {
+    errno(error) == Some(libc::EPERM)
+}
+
+fn owner_text(id: u32, owner: u64) -> String {
+    format!("pod {id} (owner {owner:016x})")
+}
+
+fn errno(error: &MapError) -> Option<i32> {
+    match error {
+        MapError::SyscallError(SyscallError { io_error, .. }) => io_error.raw_os_error(),
+        _ => None,
+    }
+}
+
+/// What only one pod may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Index {
+    /// A VLAN id on a parent.
+    Vlan {
+        /// Index of the parent.
+        parent: u16,
+        /// The VLAN id.
+        vid: u16,
+    },
+    /// An IPv4 address.
+    Ipv4([u8; 4]),
+    /// An IPv6 address.
+    Ipv6([u8; 16]),
+    /// A host-side interface.
+    Interface(u32),
+}
+
+impl std::fmt::Display for Index {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Vlan { parent, vid } => write!(f, "VLAN {vid} of parent {parent}"),
+            Self::Ipv4(address) => write!(f, "address {}", std::net::Ipv4Addr::from(*address)),
+            Self::Ipv6(address) => write!(f, "address {}", std::net::Ipv6Addr::from(*address)),
+            Self::Interface(index) => match net::ifname(*index) {
+                Some(name) => write!(f, "interface {name}"),
+                None => write!(f, "interface {index}"),
+            },
+        }
+    }
+}
+
+impl Index {
+    /// All keys by which a record is found.
+    pub fn of(record: &Endpoint) -> impl Iterator<Item = Self> + use<> {
+        let ipv6 = (record.ipv6 != [0; 16]).then_some(Self::Ipv6(record.ipv6));
+        [
+            Some(Self::Interface(record.ifindex)),
+            Some(Self::Ipv4(record.ipv4)),
+            ipv6,
+            Some(Self::Vlan { parent: record.parent, vid: record.vid }),
+        ]
+        .into_iter()
+        .flatten()
+    }
+}
+
+/// An ABI type in a map. `aya::Pod` and the ABI types are both foreign to this crate.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Raw<T>(T);
+
+macro_rules! raw {
+    ($($abi:ty),+) => { $(
+        // SAFETY: `#[repr(C)]`, without implicit padding and with every bit pattern valid: the ABI's rules.
+        unsafe impl aya::Pod for Raw<$abi> {}
+    )+ };
+}
+raw!(Endpoint, FlowKey, Flow, FragmentKey, Fragment, VipKey, CounterRow);
+
+/// Handles to all maps.
+pub struct Maps {
+    endpoint: Array<MapData, Raw<Endpoint>>,
+    subeni: Array<MapData, u32>,
+    pod_if: HashMap<MapData, u32, u32>,
+    pod_ip4: HashMap<MapData, [u8; 4], u32>,
+    pod_ip6: HashMap<MapData, [u8; 16], u32>,
+    host_dst: LpmTrie<MapData, [u8; 4], u32>,
+    vips: HashMap<MapData, Raw<VipKey>, u32>,
+    flows: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
+    flow_mark: Array<MapData, u32>,
+    frags: HashMap<MapData, Raw<FragmentKey>, Raw<Fragment>>,
+    counters: PerCpuArray<MapData, Raw<CounterRow>>,
+    cpus: usize,
+}
+
+fn failed(map: &'static str, action: &'static str) -> impl FnOnce(MapError) -> TablesError {
+    move |source| TablesError::Map { map, action, source }
+}
+
+fn found<T>(map: &'static str, result: Result<T, MapError>) -> Result<Option<T>, TablesError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(source) => Err(failed(map, "read")(source)),
+    }
+}
+
+fn gone(map: &'static str, result: Result<(), MapError>) -> Result<bool, TablesError> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(source) if errno(&source) == Some(libc::ENOENT) => Ok(false),
+        Err(source) => Err(failed(map, "remove an entry of")(source)),
+    }
+}
+
+/// All keys at one time. While the kernel adds and evicts entries the walk may start over; it ends all the same.
+fn keys<K>(
+    map: &'static str,
+    keys: impl Iterator<Item = Result<K, MapError>>,
+    entries: u32,
+) -> Result<Vec<K>, TablesError> {
+    keys.take(2 * entries as usize).map(|key| key.map_err(failed(map, "walk"))).collect()
+}
+
+impl Maps {
+    /// Opens the pinned maps.
+    ///
+    /// # Errors
+    ///
+    /// When one is missing or cannot be opened.
+    pub fn open(pins: &Pins) -> Result<Self, TablesError> {
+        Self::build(|map| match MapData::from_pin(pins.map(map)) {
+            Ok(data) => Ok(data),
+            Err(source) if errno(&source) == Some(libc::ENOENT) => Err(TablesError::Missing {
+                map,
+                place: pins.maps_dir().display().to_string(),
+                hint: "no agent has run with this pin_dir; start `eniway agent`",
+            }),
+            Err(source) => Err(failed(map, "open")(source)),
+        })
+    }
+
+    /// Handles to the maps of a loaded object, pinned or not.
+    ///
+    /// # Errors
+    ///
+    /// When the object lacks one.
+    pub fn of(ebpf: &Ebpf) -> Result<Self, TablesError> {
+        Self::build(|name| {
+            let data = ebpf.map(name).and_then(map_data).ok_or(TablesError::Missing {
+                map: name,
+                place: "the loaded object".to_owned(),
+                hint: "the object was built from other sources than this program",
+            })?;
+            let fd = data
+                .fd()
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(|error| failed(name, "open")(MapError::IoError(error)))?;
+            MapData::from_fd(fd).map_err(failed(name, "open"))
+        })
+    }
+
+    /// Maps without programs, for tests and benchmarks of the tables themselves. `FLOWS` and `FRAGS` are plain hash
+    /// maps here: nothing is evicted.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses one.
+    pub fn create(limits: &Limits) -> Result<Self, TablesError> {
+        const NO_PREALLOC: u32 = 1;
+        let pods = limits.endpoints;
+        let make = "create";
+        Ok(Self {
+            endpoint: Array::create(pods * SLOTS_PER_ENDPOINT + 1, 0)
+                .map_err(failed(maps::ENDPOINT, make))?,
+            subeni: Array::create(maps::MAX_PARENTS * VLANS, 0).map_err(failed(maps::SUBENI, make))?,
+            pod_if: HashMap::create(pods, 0).map_err(failed(maps::POD_IF, make))?,
+            pod_ip4: HashMap::create(pods, 0).map_err(failed(maps::POD_IP4, make))?,
+            pod_ip6: HashMap::create(pods, 0).map_err(failed(maps::POD_IP6, make))?,
+            host_dst: LpmTrie::create(maps::MAX_HOST_DST, NO_PREALLOC)
+                .map_err(failed(maps::HOST_DST, make))?,
+            vips: HashMap::create(maps::MAX_VIPS, 0).map_err(failed(maps::VIPS, make))?,
+            flows: HashMap::create(limits.flows, 0).map_err(failed(maps::FLOWS, make))?,
+            flow_mark: Array::create(pods + 1, 0).map_err(failed(maps::FLOW_MARK, make))?,
+            frags: HashMap::create(maps::MAX_FRAGS, 0).map_err(failed(maps::FRAGS, make))?,
+            counters: PerCpuArray::create(pods + 1, 0).map_err(failed(maps::COUNTERS, make))?,
+            cpus: cpus()?,
+        })
+    }
+
+    fn build(open: impl Fn(&'static str) -> Result<MapData, TablesError>) -> Result<Self, TablesError> {
+        fn typed<T: TryFrom<Map, Error = MapError>>(
+            name: &'static str,
+            data: MapData,
+        ) -> Result<T, TablesError> {
+            Map::from_map_data(data).and_then(T::try_from).map_err(failed(name, "use"))
+        }
+        Ok(Self {
+            endpoint: typed(maps::ENDPOINT, open(maps::ENDPOINT)?)?,
+            subeni: typed(maps::SUBENI, open(maps::SUBENI)?)?,
+            pod_if: typed(maps::POD_IF, open(maps::POD_IF)?)?,
+            pod_ip4: typed(maps::POD_IP4, open(maps::POD_IP4)?)?,
+            pod_ip6: typed(maps::POD_IP6, open(maps::POD_IP6)?)?,
+            host_dst: typed(maps::HOST_DST, open(maps::HOST_DST)?)?,
+            vips: typed(maps::VIPS, open(maps::VIPS)?)?,
+            flows: typed(maps::FLOWS, open(maps::FLOWS)?)?,
+            flow_mark: typed(maps::FLOW_MARK, open(maps::FLOW_MARK)?)?,
+            frags: typed(maps::FRAGS, open(maps::FRAGS)?)?,
+            counters: typed(maps::COUNTERS, open(maps::COUNTERS)?)?,
+            cpus: cpus()?,
+        })
+    }
+
+    /// Slots, the unused slot 0 included.
+    pub fn slots(&self) -> u32 {
+        self.endpoint.len()
+    }
+
+    /// Ids, the 0 of "no pod" included.
+    pub fn ids(&self) -> u32 {
+        self.flow_mark.len()
+    }
+
+    /// The record in a slot; zero when the slot is unused.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn record(&self, slot: u32) -> Result<Endpoint, TablesError> {
+        self.endpoint.get(&slot, 0).map(|raw| raw.0).map_err(failed(maps::ENDPOINT, "read"))
+    }
+
+    /// Writes a record as it is. No index may point at the slot.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_record(&mut self, slot: u32, record: &Endpoint) -> Result<(), TablesError> {
+        self.endpoint.set(slot, Raw(*record), 0).map_err(failed(maps::ENDPOINT, "write"))
+    }
+
+    /// The slot that an index names; 0 = none.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn slot(&self, key: Index) -> Result<u32, TablesError> {
+        let slot = match key {
+            Index::Vlan { parent, vid } => {
+                Some(self.subeni.get(&subeni_index(parent, vid), 0).map_err(failed(maps::SUBENI, "read"))?)
+            }
+            Index::Ipv4(address) => found(maps::POD_IP4, self.pod_ip4.get(&address, 0))?,
+            Index::Ipv6(address) => found(maps::POD_IP6, self.pod_ip6.get(&address, 0))?,
+            Index::Interface(ifindex) => found(maps::POD_IF, self.pod_if.get(&ifindex, 0))?,
+        };
+        Ok(slot.unwrap_or(0))
+    }
+
+    /// Points an index at a slot.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written, or is full.
+    pub fn set_slot(&mut self, key: Index, slot: u32) -> Result<(), TablesError> {
+        match key {
+            Index::Vlan { parent, vid } => {
+                self.subeni.set(subeni_index(parent, vid), slot, 0).map_err(failed(maps::SUBENI, "write"))
+            }
+            Index::Ipv4(address) => {
+                self.pod_ip4.insert(address, slot, 0).map_err(failed(maps::POD_IP4, "write"))
+            }
+            Index::Ipv6(address) => {
+                self.pod_ip6.insert(address, slot, 0).map_err(failed(maps::POD_IP6, "write"))
+            }
+            Index::Interface(ifindex) => {
+                self.pod_if.insert(ifindex, slot, 0).map_err(failed(maps::POD_IF, "write"))
+            }
+        }
+    }
+
+    /// Removes an index if it points at `slot`. Returns whether it did.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn clear_slot(&mut self, key: Index, slot: u32) -> Result<bool, TablesError> {
+        if self.slot(key)? != slot {
+            return Ok(false);
+        }
+        match key {
+            Index::Vlan { .. } => self.set_slot(key, 0).map(|()| true),
+            Index::Ipv4(address) => gone(maps::POD_IP4, self.pod_ip4.remove(&address)),
+            Index::Ipv6(address) => gone(maps::POD_IP6, self.pod_ip6.remove(&address)),
+            Index::Interface(ifindex) => gone(maps::POD_IF, self.pod_if.remove(&ifindex)),
+        }
+    }
+
+    /// Every index that is set, with its slot.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn indexes(&self) -> Result<Vec<(Index, u32)>, TablesError> {
+        let mut all = Vec::new();
+        for parent in 0..self.subeni.len() / VLANS {
+            for vid in 0..VLANS {
+                let key = Index::Vlan { parent: parent as u16, vid: vid as u16 };
+                let slot = self.slot(key)?;
+                if slot != 0 {
+                    all.push((key, slot));
+                }
+            }
+        }
+        let pods = self.ids();
+        let by_ip4 = keys(maps::POD_IP4, self.pod_ip4.keys(), pods)?.into_iter().map(Index::Ipv4);
+        let by_ip6 = keys(maps::POD_IP6, self.pod_ip6.keys(), pods)?.into_iter().map(Index::Ipv6);
+        let by_if = keys(maps::POD_IF, self.pod_if.keys(), pods)?.into_iter().map(Index::Interface);
+        for key in by_ip4.chain(by_ip6).chain(by_if) {
+            all.push((key, self.slot(key)?));
+        }
+        Ok(all)
+    }
+
+    /// All pods in the tables: every record that its interface's index points at.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn pods(&self) -> Result<Vec<Live>, TablesError> {
+        let mut pods = BTreeMap::<u64, Live>::new();
+        for ifindex in keys(maps::POD_IF, self.pod_if.keys(), self.ids())? {
+            let slot = self.slot(Index::Interface(ifindex))?;
+            if slot == 0 || slot >= self.slots() {
+                continue;
+            }
+            let record = self.record(slot)?;
+            if record.owner == 0 || record.ifindex != ifindex || !(1..self.ids()).contains(&record.id) {
+                continue;
+            }
+            let mut missing = 0;
+            for key in Index::of(&record) {
+                missing += usize::from(self.slot(key)? != slot);
+            }
+            let live = Live { slot, record, missing };
+            // Two records of one pod are what a change leaves that was cut short: the one that packets find counts.
+            pods.entry(record.owner)
+                .and_modify(|known| {
+                    if live.missing < known.missing {
+                        *known = live;
+                    }
+                })
+                .or_insert(live);
+        }
+        let mut pods: Vec<_> = pods.into_values().collect();
+        pods.sort_unstable_by_key(|pod| pod.record.id);
+        pods.dedup_by_key(|pod| pod.record.id);
+        Ok(pods)
+    }
+
+    /// Flags of the longest prefix that holds the address; 0 = none.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn host_dst(&self, address: [u8; 4]) -> Result<u32, TablesError> {
+        Ok(found(maps::HOST_DST, self.host_dst.get(&Key::new(32, address), 0))?.unwrap_or(0))
+    }
+
+    /// All prefixes that are not left to the wire, with their flags.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn host_dsts(&self) -> Result<BTreeMap<Ipv4Net, u32>, TablesError> {
+        let mut all = BTreeMap::new();
+        for key in keys(maps::HOST_DST, self.host_dst.keys(), maps::MAX_HOST_DST)? {
+            let Ok(prefix) = Ipv4Net::new(key.data().into(), key.prefix_len() as u8) else { continue };
+            if let Some(flags) = found(maps::HOST_DST, self.host_dst.get(&key, 0))? {
+                all.insert(prefix, flags);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Makes the prefixes exactly these. Returns how many entries changed.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written, or is full.
+    pub fn set_host_dsts(&mut self, wanted: &BTreeMap<Ipv4Net, u32>) -> Result<usize, TablesError> {
+        let key = |prefix: &Ipv4Net| Key::new(prefix.prefix_len().into(), prefix.network().octets());
+        let wanted: BTreeMap<Ipv4Net, u32> =
+            wanted.iter().map(|(net, flags)| (net.trunc(), *flags)).collect();
+        let known = self.host_dsts()?;
+        let mut changes = 0;
+        for (prefix, flags) in &wanted {
+            if known.get(prefix) != Some(flags) {
+                self.host_dst.insert(&key(prefix), flags, 0).map_err(failed(maps::HOST_DST, "write"))?;
+                changes += 1;
+            }
+        }
+        for prefix in known.keys().filter(|prefix| !wanted.contains_key(prefix)) {
+            changes += usize::from(gone(maps::HOST_DST, self.host_dst.remove(&key(prefix)))?);
+        }
+        Ok(changes)
+    }
+
+    /// All virtual addresses of load balancers.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn vips(&self) -> Result<BTreeSet<([u8; 4], u16, u8)>, TablesError> {
+        let keys = keys(maps::VIPS, self.vips.keys(), maps::MAX_VIPS)?;
+        Ok(keys.into_iter().map(|Raw(key)| (key.addr, key.port, key.proto)).collect())
+    }
+
+    /// Whether a load balancer serves (address, port, protocol).
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn is_vip(&self, addr: [u8; 4], port: u16, proto: u8) -> Result<bool, TablesError> {
+        let key = Raw(VipKey { addr, port, proto, pad: 0 });
+        Ok(found(maps::VIPS, self.vips.get(&key, 0))?.is_some())
+    }
+
+    /// Makes the virtual addresses exactly these (address, port, protocol). Returns how many entries changed.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written, or is full.
+    pub fn set_vips(&mut self, wanted: &BTreeSet<([u8; 4], u16, u8)>) -> Result<usize, TablesError> {
+        let key = |&(addr, port, proto): &([u8; 4], u16, u8)| Raw(VipKey { addr, port, proto, pad: 0 });
+        let known = self.vips()?;
+        for vip in known.difference(wanted) {
+            gone(maps::VIPS, self.vips.remove(&key(vip)))?;
+        }
+        for vip in wanted.difference(&known) {
+            self.vips.insert(key(vip), 1, 0).map_err(failed(maps::VIPS, "write"))?;
+        }
+        Ok(known.symmetric_difference(wanted).count())
+    }
+
+    /// The memory of a flow.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn flow(&self, key: &FlowKey) -> Result<Option<Flow>, TablesError> {
+        Ok(found(maps::FLOWS, self.flows.get(&Raw(*key), 0))?.map(|raw| raw.0))
+    }
+
+    /// All remembered flows.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn flows(&self) -> Result<Vec<(FlowKey, Flow)>, TablesError> {
+        let mut all = Vec::new();
+        for key in keys(maps::FLOWS, self.flows.keys(), self.flow_entries())? {
+            if let Some(flow) = found(maps::FLOWS, self.flows.get(&key, 0))? {
+                all.push((key.0, flow.0));
+            }
+        }
+        Ok(all)
+    }
+
+    fn flow_entries(&self) -> u32 {
+        // The walk's bound needs no exact number; LRU maps never hold more than they were made for.
+        1 << 24
+    }
+
+    /// Remembers a flow, as the kernel programs do, and marks its pod.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_flow(&mut self, key: &FlowKey, flow: &Flow) -> Result<(), TablesError> {
+        self.set_mark(key.id, 1)?;
+        self.flows.insert(Raw(*key), Raw(*flow), 0).map_err(failed(maps::FLOWS, "write"))
+    }
+
+    /// Where the first fragment of a datagram went.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn fragment(&self, key: &FragmentKey) -> Result<Option<Fragment>, TablesError> {
+        Ok(found(maps::FRAGS, self.frags.get(&Raw(*key), 0))?.map(|raw| raw.0))
+    }
+
+    /// Remembers a first fragment, as the kernel programs do, and marks its pod.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_fragment(&mut self, key: &FragmentKey, fragment: &Fragment) -> Result<(), TablesError> {
+        self.set_mark(key.id, 1)?;
+        self.frags.insert(Raw(*key), Raw(*fragment), 0).map_err(failed(maps::FRAGS, "write"))
+    }
+
+    /// Whether a pod has, or had, a remembered flow or fragment.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn marked(&self, id: u32) -> Result<bool, TablesError> {
+        Ok(self.flow_mark.get(&id, 0).map_err(failed(maps::FLOW_MARK, "read"))? != 0)
+    }
+
+    fn set_mark(&mut self, id: u32, mark: u32) -> Result<(), TablesError> {
+        self.flow_mark.set(id, mark, 0).map_err(failed(maps::FLOW_MARK, "write"))
+    }
+
+    /// A pod's counters (id 0: packets without a pod), summed over the CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn counters(&self, id: u32) -> Result<CounterRow, TablesError> {
+        let rows = self.counters.get(&id, 0).map_err(failed(maps::COUNTERS, "read"))?;
+        let mut sum = CounterRow::ZERO;
+        for Raw(row) in rows.iter() {
+            for (total, counter) in sum.counters.iter_mut().zip(&row.counters) {
+                total.packets += counter.packets;
+                total.bytes += counter.bytes;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Counters of all ids that counted anything.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn all_counters(&self) -> Result<Vec<(u32, CounterRow)>, TablesError> {
+        let mut all = Vec::new();
+        for id in 0..self.ids() {
+            let row = self.counters(id)?;
+            if row != CounterRow::ZERO {
+                all.push((id, row));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Sets a pod's counters to zero on all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn reset_counters(&mut self, id: u32) -> Result<(), TablesError> {
+        let zeros = PerCpuValues::try_from(vec![Raw(CounterRow::ZERO); self.cpus])
+            .map_err(|source| TablesError::Cpus { file: "the number of values", source })?;
+        self.counters.set(id, zeros, 0).map_err(failed(maps::COUNTERS, "write"))
+    }
+
+    /// Forgets everything about an id: flows, fragments, mark, counters.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn forget(&mut self, id: u32) -> Result<(), TablesError> {
+        if self.marked(id)? {
+            for key in keys(maps::FLOWS, self.flows.keys(), self.flow_entries())? {
+                if key.0.id == id {
+                    gone(maps::FLOWS, self.flows.remove(&key))?;
+                }
+            }
+            for key in keys(maps::FRAGS, self.frags.keys(), maps::MAX_FRAGS)? {
+                if key.0.id == id {
+                    gone(maps::FRAGS, self.frags.remove(&key))?;
+                }
+            }
+            self.set_mark(id, 0)?;
+        }
+        self.reset_counters(id)
+    }
+}
+
+fn subeni_index(parent: u16, vid: u16) -> u32 {
+    u32::from(parent) * VLANS + u32::from(vid)
+}
+
+fn cpus() -> Result<usize, TablesError> {
+    nr_cpus().map_err(|(file, source)| TablesError::Cpus { file, source })
+}
+
+fn map_data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::LpmTrie(data)
+        | Map::PerCpuArray(data) => Some(data),
+        _ => None,
+    }
+}
+
+/// The layout of a map of a loaded object.
+pub(crate) fn layout_of(map: &Map) -> Result<MapLayout, MapError> {
+    let data = map_data(map).ok_or(MapError::InvalidMapType { map_type: 0 })?;
+    MapLayout::of(&data.info()?)
+}
+
+/// A pod in the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Live {
+    /// Where its record is.
+    pub slot: u32,
+    /// Its record.
+    pub record: Endpoint,
+    /// How many of its indexes do not point at the record: more than 0 after an operation that was cut short.
+    pub missing: usize,
+}
+
+/// What [`Tables::put`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Put {
+    /// The pod's id.
+    pub id: u32,
+    /// Where its record is now.
+    pub slot: u32,
+    /// Entries written or removed; 0 = everything was so already.
+    pub changes: usize,
+}
+
+/// The tables with the owner's knowledge of which slots and ids are free.
+pub struct Tables {
+    /// The maps. Records and their indexes are better left to [`put`](Self::put) and [`release`](Self::release).
+    pub maps: Maps,
+    live: BTreeMap<u64, Live>,
+    slots: Places,
+    ids: Places,
+}
+
+impl Tables {
+    /// Takes over what the maps hold.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn new(maps: Maps) -> Result<Self, TablesError> {
+        let mut slots = Places::new(maps.slots());
+        let mut ids = Places::new(maps.ids());
+        let mut live = BTreeMap::new();
+        for pod in maps.pods()? {
+            slots.0[pod.slot as usize] = Place::Taken;
+            ids.0[pod.record.id as usize] = Place::Taken;
+            live.insert(pod.record.owner, pod);
+        }
+        Ok(Self { maps, live, slots, ids })
+    }
+
+    /// All pods, by owner.
+    pub fn pods(&self) -> impl Iterator<Item = &Live> {
+        self.live.values()
+    }
+
+    /// The pod of an owner.
+    pub fn pod(&self, owner: u64) -> Option<&Live> {
+        self.live.get(&owner)
+    }
+
+    /// Adds a pod, or changes the one of the same owner. The record's `id` is chosen here. Nothing is written when
+    /// everything is so already.
+    ///
+    /// # Errors
+    ///
+    /// When the VLAN id, an address or the interface belongs to another pod, when the generation is older than the
+    /// one in force, when the tables are full, or when a map cannot be written. What was written is taken back.
+    pub fn put(&mut self, record: &Endpoint) -> Result<Put, TablesError> {
+        self.put_among(record, &|_| false)
+    }
+
+    /// As [`put`](Self::put), but takes a VLAN id or address from owners of whom `moving` is true: pods that trade
+    /// places are all written by the caller in one go.
+    ///
+    /// # Errors
+    ///
+    /// As [`put`](Self::put).
+    pub fn put_among(&mut self, record: &Endpoint, moving: &dyn Fn(u64) -> bool) -> Result<Put, TablesError> {
+        self.check_free(record, moving)?;
+        match self.live.get(&record.owner).copied() {
+            None => self.add(record),
+            Some(old) if record.generation < old.record.generation => {
+                Err(TablesError::Stale { given: record.generation, known: old.record.generation })
+            }
+            Some(old) if old.record == (Endpoint { id: old.record.id, ..*record }) => self.repair(old),
+            Some(old) => self.change(old, record),
+        }
+    }
+
+    fn check_free(&self, record: &Endpoint, moving: &dyn Fn(u64) -> bool) -> Result<(), TablesError> {
+        for key in Index::of(record) {
+            let slot = self.maps.slot(key)?;
+            if slot == 0 {
+                continue;
+            }
+            let holder = self.live.values().find(|pod| pod.slot == slot);
+            if let Some(Live { record: held, .. }) = holder
+                && held.owner != record.owner
+                && !moving(held.owner)
+            {
+                return Err(TablesError::Occupied { what: key, id: held.id, owner: held.owner });
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, record: &Endpoint) -> Result<Put, TablesError> {
+        let id = self.take_id()?;
+        let slot = match self.take_slot() {
+            Ok(slot) => slot,
+            Err(error) => {
+                self.ids.give_back(id);
+                return Err(error);
+            }
+        };
+        let record = Endpoint { id, ..*record };
+        let written = self.maps.set_record(slot, &record).and_then(|()| self.point(&record, slot, None));
+        match written {
+            Ok(changes) => {
+                self.live.insert(record.owner, Live { slot, record, missing: 0 });
+                Ok(Put { id, slot, changes: changes + 1 })
+            }
+            Err(error) => {
+                for key in Index::of(&record) {
+                    let _ = self.maps.clear_slot(key, slot);
+                }
+                self.slots.rest(slot);
+                self.ids.rest(id);
+                Err(error)
+            }
+        }
+    }
+
+    fn change(&mut self, old: Live, record: &Endpoint) -> Result<Put, TablesError> {
+        let slot = self.take_slot()?;
+        let id = old.record.id;
+        let record = Endpoint { id, ..*record };
+        let written =
+            self.maps.set_record(slot, &record).and_then(|()| self.point(&record, slot, Some(&old)));
+        let changes = match written {
+            Ok(changes) => changes,
+            Err(error) => {
+                for key in Index::of(&old.record) {
+                    let _ = self.maps.set_slot(key, old.slot);
+                }
+                for key in Index::of(&record) {
+                    let _ = self.maps.clear_slot(key, slot);
+                }
+                self.slots.rest(slot);
+                return Err(error);
+            }
+        };
+        self.live.insert(record.owner, Live { slot, record, missing: 0 });
+        let removed = self.unpoint(&old)?;
+        self.slots.rest(old.slot);
+        Ok(Put { id, slot, changes: changes + removed + 1 })
+    }
+
+    fn repair(&mut self, old: Live) -> Result<Put, TablesError> {
+        let Live { slot, record, missing } = old;
+        let changes = if missing == 0 { 0 } else { self.point(&record, slot, None)? };
+        self.live.insert(record.owner, Live { missing: 0, ..old });
+        Ok(Put { id: record.id, slot, changes })
+    }
+
+    /// Points all indexes of a record at its slot, in the order in which packets may come to need them: nothing
+    /// arrives from the wire before everything else stands. A hash map that is full has room for a changed key
+    /// only after the old one went.
+    fn point(&mut self, record: &Endpoint, slot: u32, old: Option<&Live>) -> Result<usize, TablesError> {
+        let mut changes = 0;
+        for key in Index::of(record) {
+            if self.maps.slot(key)? == slot {
+                continue;
+            }
+            match self.maps.set_slot(key, slot) {
+                Err(TablesError::Map { source, .. })
+                    if errno(&source) == Some(libc::E2BIG) && old.is_some() =>
+                {
+                    for (before, now) in old.into_iter().flat_map(|old| {
+                        let kinds = std::mem::discriminant(&key);
+                        Index::of(&old.record)
+                            .filter(move |before| std::mem::discriminant(before) == kinds)
+                            .map(move |before| (before, old.slot))
+                    }) {
+                        self.maps.clear_slot(before, now)?;
+                    }
+                    self.maps.set_slot(key, slot)?;
+                }
+                result => result?,
+            }
+            changes += 1;
+        }
+        Ok(changes)
+    }
+
+    /// Removes the indexes that still point at a slot: first those by which packets find it.
+    fn unpoint(&mut self, old: &Live) -> Result<usize, TablesError> {
+        let mut keys: Vec<_> = Index::of(&old.record).collect();
+        keys.reverse();
+        let mut removed = 0;
+        for key in keys {
+            removed += usize::from(self.maps.clear_slot(key, old.slot)?);
+        }
+        Ok(removed)
+    }
+
+    /// Removes a pod: first the indexes by which packets find it, then all that was remembered and counted for it.
+    /// Returns what it was.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written; calling again continues.
+    pub fn release(&mut self, owner: u64) -> Result<Option<Live>, TablesError> {
+        let Some(old) = self.live.get(&owner).copied() else { return Ok(None) };
+        self.unpoint(&old)?;
+        self.maps.forget(old.record.id)?;
+        self.live.remove(&owner);
+        self.slots.rest(old.slot);
+        self.ids.rest(old.record.id);
+        Ok(Some(old))
+    }
+
+    /// Removes indexes that point at no pod: what an agent left that was killed within an operation. Returns how
+    /// many there were. Looks at all of `SUBENI`: for the start, not for every change.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read or written.
+    pub fn sweep(&mut self) -> Result<usize, TablesError> {
+        let mut removed = 0;
+        for (key, slot) in self.maps.indexes()? {
+            let stands = self
+                .live
+                .values()
+                .any(|pod| pod.slot == slot && Index::of(&pod.record).any(|its| its == key));
+            if !stands {
+                removed += usize::from(self.maps.clear_slot(key, slot)?);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Cleans slots and ids that have rested. To be called now and then, so that `ENDPOINT` shows no dead records.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn tidy(&mut self) -> Result<(), TablesError> {
+        for slot in self.slots.rested() {
+            self.clean_slot(slot)?;
+        }
+        for id in self.ids.rested() {
+            self.maps.forget(id)?;
+            self.ids.0[id as usize] = Place::Free;
+        }
+        Ok(())
+    }
+
+    fn clean_slot(&mut self, slot: u32) -> Result<(), TablesError> {
+        self.maps.set_record(slot, &Endpoint::ZERO)?;
+        self.slots.0[slot as usize] = Place::Free;
+        Ok(())
+    }
+
+    fn take_slot(&mut self) -> Result<u32, TablesError> {
+        let limit = self.maps.ids() - 1;
+        let (slot, _) = self.slots.take(limit)?;
+        Ok(slot)
+    }
+
+    fn take_id(&mut self) -> Result<u32, TablesError> {
+        let limit = self.maps.ids() - 1;
+        let (id, clean) = self.ids.take(limit)?;
+        if !clean {
+            self.maps.forget(id).inspect_err(|_| self.ids.give_back(id))?;
+        }
+        Ok(id)
+    }
+}
+
+/// Places of an array, without the first.
+struct Places(Vec<Place>);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Clean.
+    Free,
+    /// Not known to be clean: what an earlier agent left.
+    Unknown,
+    /// Given up, and perhaps still in use by a running program.
+    Resting(Instant),
+    Taken,
+}
+
+impl Places {
+    fn new(len: u32) -> Self {
+        let mut places = vec![Place::Unknown; len as usize];
+        if let Some(first) = places.first_mut() {
+            *first = Place::Taken;
+        }
+        Self(places)
+    }
+
+    /// Takes the first place that is free, and says whether it is clean.
+    fn take(&mut self, limit: u32) -> Result<(u32, bool), TablesError> {
+        let usable = |place: &Place| match place {
+            Place::Free | Place::Unknown => true,
+            Place::Resting(since) => since.elapsed() >= GRACE,
+            Place::Taken => false,
+        };
+        match self.0.iter().position(usable) {
+            Some(i) => {
+                let clean = self.0[i] == Place::Free;
+                self.0[i] = Place::Taken;
+                Ok((i as u32, clean))
+            }
+            None if self.0.iter().any(|place| matches!(place, Place::Resting(_))) => {
+                Err(TablesError::Resting)
+            }
+            None => Err(TablesError::Full { limit }),
+        }
+    }
+
+    fn rest(&mut self, i: u32) {
+        self.0[i as usize] = Place::Resting(Instant::now());
+    }
+
+    fn give_back(&mut self, i: u32) {
+        self.0[i as usize] = Place::Unknown;
+    }
+
+    fn rested(&self) -> Vec<u32> {
+        let rested = |place: &Place| matches!(place, Place::Resting(since) if since.elapsed() >= GRACE);
+        (0..self.0.len()).filter(|&i| rested(&self.0[i])).map(|i| i as u32).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(n: u8) -> Endpoint {
+        Endpoint {
+            owner: n.into(),
+            ifindex: 100 + u32::from(n),
+            ipv4: [10, 0, 0, n],
+            vid: 100 + u16::from(n),
+            generation: 1,
+            mac: [2, 0, 0, 0, 0, n],
+            ..Endpoint::ZERO
+        }
+    }
+
+    /// Maps need privileges; elsewhere these tests have nothing to look at.
+    fn tables(endpoints: u32) -> Option<Tables> {
+        match Maps::create(&Limits { endpoints, flows: 1024 }) {
+            Ok(maps) => Some(Tables::new(maps).unwrap()),
+            Err(error) => {
+                assert!(!nix::unistd::geteuid().is_root(), "{error}");
+                None
+            }
+        }
+    }
+
+    fn rested(tables: &mut Tables) {
+        for places in [&mut tables.slots, &mut tables.ids] {
+            for place in &mut places.0 {
+                if let Place::Resting(since) = place {
+                    *since -= GRACE;
+                }
+            }
+        }
+    }
+
+    fn indexed(tables: &Tables, record: &Endpoint) -> Vec<u32> {
+        Index::of(record).map(|key| tables.maps.slot(key).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_pod_comes_and_goes() {
+        let Some(mut tables) = tables(4) else { return };
+        let put = tables.put(&record(1)).unwrap();
+        assert_eq!((put.id, put.slot, put.changes), (1, 1, 4));
+        assert_eq!(indexed(&tables, &record(1)), [1, 1, 1]);
+        assert_eq!(tables.maps.record(1).unwrap(), Endpoint { id: 1, ..record(1) });
+        assert_eq!(tables.put(&record(1)).unwrap().changes, 0);
+
+        let flow = Flow { door: 1, origin: 1, pad: [0; 2], seen: 0 };
+        let key = |id| FlowKey { id, remote: [1; 4], remote_port: 1, local_port: 2, proto: 6, pad: [0; 3] };
+        tables.maps.set_flow(&key(1), &flow).unwrap();
+        tables.maps.set_flow(&key(2), &flow).unwrap();
+        let gone = tables.release(1).unwrap().unwrap();
+        assert_eq!(gone.slot, 1);
+        assert_eq!(indexed(&tables, &record(1)), [0, 0, 0]);
+        assert_eq!(tables.maps.flow(&key(1)).unwrap(), None);
+        assert_eq!(tables.maps.flow(&key(2)).unwrap(), Some(flow));
+        assert!(!tables.maps.marked(1).unwrap());
+        assert!(tables.release(1).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_change_takes_another_slot_and_keeps_the_id() {
+        let Some(mut tables) = tables(4) else { return };
+        tables.put(&record(1)).unwrap();
+        let moved = Endpoint { vid: 200, ifindex: 300, ..record(1) };
+        let put = tables.put(&moved).unwrap();
+        assert_eq!((put.id, put.slot), (1, 2));
+        assert_eq!(indexed(&tables, &moved), [2, 2, 2]);
+        assert_eq!(tables.maps.slot(Index::Vlan { parent: 0, vid: 101 }).unwrap(), 0);
+        assert_eq!(tables.maps.slot(Index::Interface(101)).unwrap(), 0);
+        // The old slot rests, then is cleaned and used again.
+        assert_eq!(tables.put(&record(2)).unwrap().slot, 3);
+        rested(&mut tables);
+        tables.tidy().unwrap();
+        assert_eq!(tables.maps.record(1).unwrap(), Endpoint::ZERO);
+        assert_eq!(tables.put(&record(3)).unwrap().slot, 1);
+    }
+
+    #[test]
+    fn what_another_pod_has_is_refused() {
+        let Some(mut tables) = tables(4) else { return };
+        tables.put(&record(1)).unwrap();
+        for taken in [
+            Endpoint { vid: 101, ..record(2) },
+            Endpoint { ipv4: [10, 0, 0, 1], ..record(2) },
+            Endpoint { ifindex: 101, ..record(2) },
+        ] {
+            assert!(matches!(tables.put(&taken), Err(TablesError::Occupied { id: 1, .. })));
+        }
+        assert_eq!(tables.pods().count(), 1);
+        assert_eq!(indexed(&tables, &record(1)), [1, 1, 1]);
+    }
+
+    #[test]
+    fn an_older_generation_is_refused() {
+        let Some(mut tables) = tables(4) else { return };
+        tables.put(&Endpoint { generation: 5, ..record(1) }).unwrap();
+        let older = Endpoint { generation: 4, vid: 9, ..record(1) };
+        assert!(matches!(tables.put(&older), Err(TablesError::Stale { given: 4, known: 5 })));
+        assert_eq!(tables.maps.slot(Index::Vlan { parent: 0, vid: 9 }).unwrap(), 0);
+    }
+
+    #[test]
+    fn pods_trade_places() {
+        let Some(mut tables) = tables(4) else { return };
+        tables.put(&record(1)).unwrap();
+        tables.put(&record(2)).unwrap();
+        let (one, two) = (Endpoint { vid: 102, ..record(1) }, Endpoint { vid: 101, ..record(2) });
+        tables.put_among(&one, &|owner| owner == 2).unwrap();
+        tables.put_among(&two, &|owner| owner == 1).unwrap();
+        let slot = |owner| tables.pod(owner).unwrap().slot;
+        assert_eq!(indexed(&tables, &one), [slot(1); 3]);
+        assert_eq!(indexed(&tables, &two), [slot(2); 3]);
+    }
+
+    #[test]
+    fn full_tables_still_change() {
+        let Some(mut tables) = tables(2) else { return };
+        tables.put(&record(1)).unwrap();
+        tables.put(&record(2)).unwrap();
+        assert!(matches!(tables.put(&record(3)), Err(TablesError::Full { limit: 2 })));
+        let moved = Endpoint { ipv4: [10, 0, 0, 9], ifindex: 900, vid: 90, ..record(1) };
+        tables.put(&moved).unwrap();
+        let slot = tables.pod(1).unwrap().slot;
+        assert_eq!(indexed(&tables, &moved), [slot; 3]);
+        assert_eq!(indexed(&tables, &record(1)), [0; 3]);
+        // Ids that were given up a moment ago are not used.
+        tables.release(2).unwrap();
+        assert!(matches!(tables.put(&record(3)), Err(TablesError::Resting)));
+        rested(&mut tables);
+        assert_eq!(tables.put(&record(3)).unwrap().id, 2);
+    }
+
+    #[test]
+    fn a_new_owner_of_the_tables_finds_and_mends_all() {
+        let Some(mut tables) = tables(4) else { return };
+        tables.put(&record(1)).unwrap();
+        tables.put(&record(2)).unwrap();
+        // Killed within an add, and within a release.
+        tables.maps.set_slot(Index::Vlan { parent: 0, vid: 101 }, 0).unwrap();
+        tables.maps.set_slot(Index::Vlan { parent: 3, vid: 77 }, 4).unwrap();
+        tables.maps.set_slot(Index::Ipv4([10, 9, 9, 9]), 1).unwrap();
+        let Tables { maps, .. } = tables;
+
+        let mut tables = Tables::new(maps).unwrap();
+        assert_eq!(tables.pods().map(|pod| pod.missing).collect::<Vec<_>>(), [1, 0]);
+        assert_eq!(tables.sweep().unwrap(), 2);
+        assert_eq!(tables.put(&record(1)).unwrap().changes, 1);
+        assert_eq!(tables.put(&record(2)).unwrap().changes, 0);
+        assert_eq!(tables.put(&record(3)).unwrap().id, 3);
+        assert_eq!(tables.sweep().unwrap(), 0);
+    }
+
+    #[test]
+    fn prefixes_and_vips_change_by_their_difference() {
+        let Some(mut tables) = tables(2) else { return };
+        let nets = |list: &[(&str, u32)]| {
+            list.iter().map(|(net, flags)| (net.parse().unwrap(), *flags)).collect::<BTreeMap<Ipv4Net, u32>>()
+        };
+        let maps = &mut tables.maps;
+        let first = nets(&[("10.0.0.0/8", 1), ("169.254.169.254/32", 2)]);
+        assert_eq!(maps.set_host_dsts(&first).unwrap(), 2);
+        assert_eq!(maps.set_host_dsts(&first).unwrap(), 0);
+        assert_eq!(maps.host_dst([169, 254, 169, 254]).unwrap(), 2);
+        assert_eq!(maps.host_dst([10, 1, 2, 3]).unwrap(), 1);
+        assert_eq!(maps.set_host_dsts(&nets(&[("10.0.0.0/8", 1), ("10.9.0.1/32", 1)])).unwrap(), 2);
+        assert_eq!(maps.host_dst([169, 254, 169, 254]).unwrap(), 0);
+
+        let vip = ([10, 1, 0, 200], 80, 6);
+        assert_eq!(maps.set_vips(&BTreeSet::from([vip])).unwrap(), 1);
+        assert!(maps.is_vip(vip.0, vip.1, vip.2).unwrap());
+        assert_eq!(maps.set_vips(&BTreeSet::new()).unwrap(), 1);
+        assert!(!maps.is_vip(vip.0, vip.1, vip.2).unwrap());
+    }
+}

@@ -1,0 +1,872 @@
+//! Pods on the node's links: the veth pair of a pod with all that stands at both ends, and what the node itself needs
+//! on a parent ENI.
+//!
+//! ```text
+//!   pod's namespace                                    node
+//!   eth0  <ipv4>/32, MAC of the sub-ENI  ── veth ──    eni<hash>  MAC of the gateway
+//!         <gateway>/32 dev eth0 scope link             <ipv4>/32 dev eni<hash> scope link
+//!         default via <gateway> onlink                 <ipv4> is at the sub-ENI's MAC, for ever
+//!         <gateway> is at its MAC, for ever
+//!         GRO on: a veth takes redirected XDP frames only while it runs NAPI
+//! ```
+//!
+//! What the node's stack forwards with a pod's source (a pod's packet to a Service, once translated) must leave by
+//! the pod's parent, where it is tagged, and by no other interface of the node: the VPC would take it for spoofed.
+//! Replies to what came in by the stack (a node port) go back as they came; `pod_egress` marks them.
+//!
+//! ```text
+//!   2099: from <subnet> fwmark 0x1000/0x1000 lookup main         replies, routed before their source is translated back
+//!   2100: from <subnet> lookup main suppress_prefixlength 31     pods of this node: routes to single addresses
+//!   2101: from <subnet> lookup 2100                              default via <gateway> dev <parent> onlink
+//! ```
+//!
+//! A further subnet whose gateway or parent is another takes the next free table. Everything is found again in the
+//! kernel; nothing is written down elsewhere.
+
+use std::{
+    io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
+
+use datapath_common::abi::maps::HOST_REPLY_MARK;
+use ipnet::Ipv4Net;
+
+use crate::{
+    ethtool::{self, EthtoolError, Offload},
+    net::{InterfaceName, Mac},
+    netlink::{
+        DefaultRoute, DisplayRule, Existing, Link, LinkChange, MAIN, Netlink, NetlinkError, SourceRule,
+        VethEnd,
+    },
+    netns::{Namespace, NetnsError},
+    sysctl::{self, SysctlError},
+};
+
+/// Why a pod or a parent could not be wired.
+#[derive(Debug, thiserror::Error)]
+pub enum WiringError {
+    /// The pod's namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// A request to the kernel.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A request to the kernel, made inside a pod.
+    #[error("in network namespace {}: {source}", netns.display())]
+    InPod {
+        /// The pod's namespace.
+        netns: PathBuf,
+        /// What went wrong there.
+        source: Box<WiringError>,
+    },
+    /// A setting of the kernel.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
+    /// An offload.
+    #[error(transparent)]
+    Ethtool(#[from] EthtoolError),
+    /// The pod has another interface of that name.
+    #[error(
+        "interface {interface} in {} exists with MAC {}, but the sub-ENI's is {}; give the pod another \
+         interface name, or remove that interface", netns.display(), mac(found), Mac(*wanted)
+    )]
+    Taken {
+        /// The pod's namespace.
+        netns: PathBuf,
+        /// The interface.
+        interface: String,
+        /// Its MAC.
+        found: Option<[u8; 6]>,
+        /// The sub-ENI's MAC.
+        wanted: [u8; 6],
+    },
+    /// The pod's interface leads elsewhere.
+    #[error(
+        "interface {interface} in {} has the sub-ENI's MAC, but its other end is not a veth of this node's \
+         namespace; remove that interface, or run the agent where its other end is", netns.display()
+    )]
+    ElsewherePeer {
+        /// The pod's namespace.
+        netns: PathBuf,
+        /// The interface.
+        interface: String,
+    },
+    /// The host side is not the one that was named.
+    #[error(
+        "interface {interface} in {} ends at {found}, but `host_interface` says {wanted}", netns.display()
+    )]
+    OtherHostInterface {
+        /// The pod's namespace.
+        netns: PathBuf,
+        /// The interface in the pod.
+        interface: String,
+        /// Where it ends.
+        found: String,
+        /// Where it should end.
+        wanted: String,
+    },
+    /// The named host side is wired to something else than this pod.
+    #[error("`host_interface` {host_interface} exists, but not as the other end of {interface} in {}", netns.display())]
+    NotOfPod {
+        /// The pod's namespace.
+        netns: PathBuf,
+        /// The interface in the pod.
+        interface: String,
+        /// The host side that was named.
+        host_interface: String,
+    },
+    /// The name is made from a hash, and another pod has the same.
+    #[error(
+        "interface {interface} is of `{alias}` and cannot also be of `{wanted}`; delete it if that pod is gone"
+    )]
+    NameInUse {
+        /// The name.
+        interface: String,
+        /// Whose it is.
+        alias: String,
+        /// Who wants it.
+        wanted: String,
+    },
+    /// The pod's namespace is the node's.
+    #[error("{} is the node's own network namespace: host-network pods have no sub-ENI", .0.display())]
+    HostNetwork(PathBuf),
+    /// Neither a namespace nor a host side.
+    #[error("neither `netns` nor `host_interface` is given, so there is nothing to wire the pod to")]
+    NothingNamed,
+    /// Not a name of an interface.
+    #[error("`{0}` is no interface name: 1 to 15 characters without `/`, `:` and blanks are allowed")]
+    BadName(String),
+}
+
+fn mac(mac: &Option<[u8; 6]>) -> String {
+    mac.map_or_else(|| "none".to_owned(), |mac| Mac(mac).to_string())
+}
+
+/// A pod to be wired.
+#[derive(Debug, Clone)]
+pub struct PodSpec {
+    /// Whose the interface is, for the name of the host side: the container id.
+    pub owner_key: String,
+    /// The pod's network namespace. `None`: the pod is out of reach, and only the host side is seen to.
+    pub netns: Option<PathBuf>,
+    /// Name of the interface in the pod.
+    pub interface: String,
+    /// Name of a host side that somebody else made. `None`: found by way of the pod, or made.
+    pub host_interface: Option<String>,
+    /// MAC of the sub-ENI.
+    pub mac: [u8; 6],
+    /// Address of the pod.
+    pub ipv4: Ipv4Addr,
+    /// The subnet that the address is of.
+    pub subnet: Ipv4Net,
+    /// Gateway of the subnet.
+    pub gateway: Ipv4Addr,
+    /// MAC of the gateway.
+    pub gateway_mac: [u8; 6],
+    /// IP MTU.
+    pub mtu: u16,
+    /// Name of the parent ENI.
+    pub parent: String,
+}
+
+/// A wired pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wired {
+    /// Index of the host side.
+    pub ifindex: u32,
+    /// Name of the host side.
+    pub host_interface: String,
+    /// Whether the pair stood already.
+    pub adopted: bool,
+}
+
+/// A parent ENI to be prepared.
+#[derive(Debug, Clone)]
+pub struct ParentSpec {
+    /// Its name.
+    pub interface: String,
+    /// The subnets of the pods behind it, with gateway and the gateway's MAC.
+    pub gateways: Vec<(Ipv4Net, Ipv4Addr, [u8; 6])>,
+}
+
+/// A prepared parent ENI.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// Its index.
+    pub ifindex: u32,
+    /// Whether VLAN tags reach XDP: read back from the driver, not assumed.
+    pub rxvlan_off: bool,
+    /// What eniway holds changed on the node for this parent, for people to read.
+    pub changes: Vec<String>,
+}
+
+/// Priority of the rule that lets replies to what came in by the node's stack leave by the node's own routes.
+const RULE_REPLY: u32 = 2099;
+/// Priority of the rule that sends packets with a pod's source to the routes of this node first.
+const RULE_MAIN: u32 = 2100;
+/// Priority of the rule that sends the rest to the parent.
+const RULE_PARENT: u32 = 2101;
+/// The first table of those with a default route by a parent, and how many there may be.
+const TABLES: std::ops::Range<u32> = 2100..2164;
+
+/// Wires a pod, or finds that it is wired, and repairs what is missing.
+pub async fn wire(spec: &PodSpec) -> Result<Wired, WiringError> {
+    check_name(&spec.interface)?;
+    spec.host_interface.as_deref().map_or(Ok(()), check_name)?;
+    let netlink = Netlink::open()?;
+    let (host, adopted) = match (&spec.netns, &spec.host_interface) {
+        (Some(path), named) => wire_pod(&netlink, spec, path, named.as_deref()).await?,
+        (None, Some(name)) => (netlink.link(name).await?, true),
+        (None, None) => return Err(WiringError::NothingNamed),
+    };
+    wire_host_side(&netlink, spec, &host).await?;
+    Ok(Wired { ifindex: host.index, host_interface: host.name, adopted })
+}
+
+/// Deletes the host side of a pod's veth, and so the pair, if [`wire`] made it. One that is gone is no error.
+pub async fn unwire(host_interface: &str) -> Result<(), WiringError> {
+    if !is_own_name(host_interface) {
+        return Ok(());
+    }
+    let netlink = Netlink::open()?;
+    if let Some(link) = netlink.find_link(host_interface).await?.filter(|link| link.veth) {
+        netlink.delete_link(&link).await?;
+    }
+    Ok(())
+}
+
+/// The name of a pod's host side: the same for the same container and interface, for ever.
+pub fn host_interface_name(owner_key: &str, interface: &str) -> String {
+    // FNV-1a, whose result, unlike that of the standard library's hasher, is the same with every version of Rust.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in owner_key.bytes().chain([0]).chain(interface.bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    let folded = (hash ^ (hash >> 44)) & 0x0fff_ffff_ffff;
+    format!("{OWN_PREFIX}{folded:011x}")
+}
+
+const OWN_PREFIX: &str = "eni";
+
+fn is_own_name(name: &str) -> bool {
+    name.strip_prefix(OWN_PREFIX).is_some_and(|hash| {
+        hash.len() == 11 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    })
+}
+
+fn check_name(name: &str) -> Result<(), WiringError> {
+    if InterfaceName::new(name).is_none() {
+        return Err(WiringError::BadName(name.to_owned()));
+    }
+    Ok(())
+}
+
+/// Sees to the veth pair and the pod's side of it; answers with the host side and whether it stood already.
+async fn wire_pod(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    path: &Path,
+    named: Option<&str>,
+) -> Result<(Link, bool), WiringError> {
+    let namespace = Namespace::open(path)?;
+    if namespace.same_as(&Namespace::current()?) {
+        return Err(WiringError::HostNetwork(path.to_path_buf()));
+    }
+    if let Some(host) = find_pair(netlink, spec, &namespace, named).await? {
+        let by_us = is_own_name(&host.name);
+        wire_pod_side(spec, &namespace, if by_us { Existing::Replace } else { Existing::Keep }).await?;
+        return Ok((host, true));
+    }
+    if let Some(name) = named {
+        // Made by somebody else, so it must stand; the error of a missing one lists those that do.
+        netlink.link(name).await?;
+        return Err(WiringError::NotOfPod {
+            netns: path.to_path_buf(),
+            interface: spec.interface.clone(),
+            host_interface: name.to_owned(),
+        });
+    }
+    let host = make_pair(netlink, spec, &namespace).await?;
+    match wire_pod_side(spec, &namespace, Existing::Replace).await {
+        Ok(()) => Ok((host, false)),
+        Err(error) => {
+            // Half a pod helps nobody, and the next attempt would take it for one to adopt.
+            if let Err(cleanup) = netlink.delete_link(&host).await {
+                log::warn!("{cleanup}");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The host side of the pod's interface, when that exists with the sub-ENI's MAC.
+async fn find_pair(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    namespace: &Namespace,
+    named: Option<&str>,
+) -> Result<Option<Link>, WiringError> {
+    let name = spec.interface.clone();
+    let inside = in_pod(namespace, async move || Ok(Netlink::open()?.find_link(&name).await?)).await?;
+    let Some(inside) = inside else {
+        return Ok(None);
+    };
+    let netns = namespace.path().to_path_buf();
+    let interface = spec.interface.clone();
+    if inside.mac != Some(spec.mac) {
+        return Err(WiringError::Taken { netns, interface, found: inside.mac, wanted: spec.mac });
+    }
+    // Interface indices are numbered per namespace: the other end is here only if it leads back to that namespace.
+    let host = match inside.peer.filter(|_| inside.veth) {
+        Some(index) => netlink.find_link_by_index(index).await?,
+        None => None,
+    };
+    let leads_back = match &host {
+        Some(host) if host.veth && host.peer == Some(inside.index) => {
+            host.peer_namespace.is_some() && host.peer_namespace == netlink.namespace_id(namespace).await?
+        }
+        _ => false,
+    };
+    match host.filter(|_| leads_back) {
+        None => Err(WiringError::ElsewherePeer { netns, interface }),
+        Some(host) => match named {
+            Some(wanted) if wanted != host.name => {
+                let wanted = wanted.to_owned();
+                Err(WiringError::OtherHostInterface { netns, interface, found: host.name, wanted })
+            }
+            _ => Ok(Some(host)),
+        },
+    }
+}
+
+async fn make_pair(netlink: &Netlink, spec: &PodSpec, namespace: &Namespace) -> Result<Link, WiringError> {
+    let name = host_interface_name(&spec.owner_key, &spec.interface);
+    let owner = alias(spec);
+    if let Some(stale) = netlink.find_link(&name).await? {
+        match stale.alias.clone() {
+            Some(alias) if alias != owner => {
+                return Err(WiringError::NameInUse { interface: name, alias, wanted: owner });
+            }
+            // Its other end is no longer the pod's interface: renamed, or moved to where it is of no use.
+            _ => netlink.delete_link(&stale).await?,
+        }
+    }
+    let here = VethEnd { name: &name, mac: spec.gateway_mac };
+    let there = VethEnd { name: &spec.interface, mac: spec.mac };
+    netlink.add_veth(here, there, namespace, u32::from(spec.mtu)).await?;
+    Ok(netlink.link(&name).await?)
+}
+
+/// What `ip link` shows beside the host side.
+fn alias(spec: &PodSpec) -> String {
+    let mut alias = format!("eniway {} {}", spec.interface, spec.owner_key);
+    // IFALIASZ is 256 with the final zero.
+    let mut end = alias.len().min(255);
+    while !alias.is_char_boundary(end) {
+        end -= 1;
+    }
+    alias.truncate(end);
+    alias
+}
+
+async fn in_pod<T: Send + 'static>(
+    namespace: &Namespace,
+    work: impl AsyncFnOnce() -> Result<T, WiringError> + Send + 'static,
+) -> Result<T, WiringError> {
+    namespace
+        .run(work)
+        .await?
+        .map_err(|source| WiringError::InPod { netns: namespace.path().to_path_buf(), source: source.into() })
+}
+
+async fn wire_pod_side(spec: &PodSpec, namespace: &Namespace, existing: Existing) -> Result<(), WiringError> {
+    let spec = spec.clone();
+    in_pod(namespace, async move || {
+        let netlink = Netlink::open()?;
+        let lo = netlink.link("lo").await?;
+        netlink.change_link(&lo, LinkChange { up: true, ..LinkChange::default() }).await?;
+        ethtool::set(&spec.interface, Offload::Gro, true)?;
+        let link = netlink.link(&spec.interface).await?;
+        netlink.add_address(&link, spec.ipv4.into()).await?;
+        let change = LinkChange { mtu: Some(u32::from(spec.mtu)), up: true, ..LinkChange::default() };
+        netlink.change_link(&link, change).await?;
+        netlink.set_neighbour(&link, spec.gateway, spec.gateway_mac).await?;
+        netlink.add_link_route(spec.gateway.into(), &link, existing).await?;
+        Ok(netlink.add_default_route(spec.gateway, &link, MAIN, existing).await?)
+    })
+    .await
+}
+
+async fn wire_host_side(netlink: &Netlink, spec: &PodSpec, host: &Link) -> Result<(), WiringError> {
+    let name = host.name.as_str();
+    // Before the link is up: with IPv6 as it comes, the node would give it an address and take a pod's router
+    // advertisements for the network's.
+    set_all(&[
+        (&["ipv6", "conf", name, "addr_gen_mode"], "1"),
+        (&["ipv6", "conf", name, "accept_ra"], "0"),
+        (&["ipv6", "conf", name, "autoconf"], "0"),
+        (&["ipv4", "conf", name, "accept_redirects"], "0"),
+        // Loose. Zero would leave it to `all`, of which the stricter one holds.
+        (&["ipv4", "conf", name, "rp_filter"], "2"),
+    ])?;
+    // The pod sends to the gateway's MAC whichever door the packet takes, so the node's end answers to it.
+    let change = LinkChange {
+        mac: Some(spec.gateway_mac),
+        mtu: Some(u32::from(spec.mtu)),
+        alias: is_own_name(name).then(|| alias(spec)),
+        up: true,
+    };
+    netlink.change_link(host, change).await?;
+    netlink.set_neighbour(host, spec.ipv4, spec.mac).await?;
+    Ok(netlink.add_link_route(spec.ipv4.into(), host, Existing::Replace).await?)
+}
+
+fn set_all(settings: &[(sysctl::Key<'_>, &str)]) -> Result<(), SysctlError> {
+    settings.iter().try_for_each(|(key, value)| sysctl::set(key, value).map(drop))
+}
+
+/// Readies a parent ENI and the node's routing for the pods behind it. Idempotent; rules of subnets that are no
+/// longer among the gateways are removed. Without any gateway the routing stays as it is: an agent that starts does
+/// not know the subnets yet, and the pods of the one before it still use theirs.
+pub async fn prepare_parent(spec: &ParentSpec) -> Result<Prepared, WiringError> {
+    check_name(&spec.interface)?;
+    let netlink = Netlink::open()?;
+    let link = netlink.link(&spec.interface).await?;
+    let name = spec.interface.as_str();
+    let mut changes = Vec::new();
+    if !link.up {
+        netlink.change_link(&link, LinkChange { up: true, ..LinkChange::default() }).await?;
+        changes.push(format!("{name}: set up (was down)"));
+    }
+
+    let forward: sysctl::Key<'_> = &["ipv4", "ip_forward"];
+    let loose: sysctl::Key<'_> = &["ipv4", "conf", name, "rp_filter"];
+    for (key, value) in [(forward, "1"), (loose, "2")] {
+        let before = sysctl::set(key, value)?;
+        changes.push(change(&format!("net.{} = {value}", key.join(".")), before.as_deref()));
+    }
+
+    let before = ethtool::get(name, Offload::RxVlan)?;
+    let rxvlan_off = match ethtool::set(name, Offload::RxVlan, false) {
+        Ok(on) => !on,
+        // Some drivers have it fixed. The caller does without XDP then.
+        Err(error @ EthtoolError::Refused { .. }) => {
+            log::debug!("{error}");
+            false
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if rxvlan_off {
+        changes.push(change(&format!("{name}: rxvlan off"), before.then_some("on")));
+    }
+
+    if !spec.gateways.is_empty() {
+        changes.extend(route_by_parent(&netlink, spec, &link).await?);
+    }
+    Ok(Prepared { ifindex: link.index, rxvlan_off, changes })
+}
+
+fn change(what: &str, before: Option<&str>) -> String {
+    match before {
+        Some(before) => format!("{what} (was {before})"),
+        None => what.to_owned(),
+    }
+}
+
+async fn route_by_parent(
+    netlink: &Netlink,
+    spec: &ParentSpec,
+    link: &Link,
+) -> Result<Vec<String>, WiringError> {
+    let mut changes = Vec::new();
+    let mut kept = Vec::new();
+    for &(subnet, gateway, gateway_mac) in &spec.gateways {
+        let subnet = subnet.trunc();
+        netlink.set_neighbour(link, gateway, gateway_mac).await?;
+        changes.push(format!("{}: neighbour {gateway} at {}", link.name, Mac(gateway_mac)));
+        let table = table_for(&netlink.own_default_routes().await?, link.index, gateway)?;
+        netlink.add_default_route(gateway, link, table, Existing::Replace).await?;
+        changes.push(format!("table {table}: default via {gateway} dev {} onlink", link.name));
+        for rule in rules(subnet, table) {
+            netlink.add_rule(rule).await?;
+            changes.push(format!("rule {}", DisplayRule(rule)));
+            kept.push(rule);
+        }
+    }
+    let spared = |rule: &SourceRule| kept.contains(rule);
+    remove_rules(netlink, link.index, &kept, spared).await?;
+    for route in parent_routes(netlink, link.index).await? {
+        if !kept.iter().any(|rule| rule.table == route.table) {
+            netlink.delete_default_route(route).await?;
+        }
+    }
+    Ok(changes)
+}
+
+fn rules(source: Ipv4Net, table: u32) -> [SourceRule; 3] {
+    let plain = SourceRule { priority: RULE_PARENT, source, table, suppress: None, mark: 0 };
+    [
+        SourceRule { priority: RULE_REPLY, table: MAIN, mark: HOST_REPLY_MARK, ..plain },
+        SourceRule { priority: RULE_MAIN, table: MAIN, suppress: Some(31), ..plain },
+        plain,
+    ]
+}
+
+/// The table that has this default route already, or the first free one.
+fn table_for(routes: &[DefaultRoute], parent: u32, gateway: Ipv4Addr) -> Result<u32, WiringError> {
+    let own = routes.iter().find(|route| {
+        TABLES.contains(&route.table) && route.output == parent && route.gateway == Some(gateway)
+    });
+    own.map(|route| route.table)
+        .or_else(|| TABLES.clone().find(|table| routes.iter().all(|route| route.table != *table)))
+        .ok_or_else(|| {
+            NetlinkError::Request {
+                what: format!("find a free routing table of {} to {}", TABLES.start, TABLES.end - 1),
+                source: io::ErrorKind::StorageFull.into(),
+            }
+            .into()
+        })
+}
+
+async fn parent_routes(netlink: &Netlink, parent: u32) -> Result<Vec<DefaultRoute>, WiringError> {
+    let mut routes = netlink.own_default_routes().await?;
+    routes.retain(|route| route.output == parent && TABLES.contains(&route.table));
+    Ok(routes)
+}
+
+/// Removes the rules that lead to a parent's tables, and with them those of the same subnet for the main table, but
+/// for what is spared.
+async fn remove_rules(
+    netlink: &Netlink,
+    parent: u32,
+    kept: &[SourceRule],
+    spared: impl Fn(&SourceRule) -> bool,
+) -> Result<(), WiringError> {
+    let tables: Vec<u32> = parent_routes(netlink, parent).await?.iter().map(|route| route.table).collect();
+    let rules = netlink.source_rules().await?;
+    let leading = rules.iter().filter(|rule| rule.priority == RULE_PARENT && tables.contains(&rule.table));
+    for rule in leading.filter(|rule| !spared(rule)) {
+        netlink.delete_rule(*rule).await?;
+        let [reply, main, _] = self::rules(rule.source, rule.table);
+        let shared = kept.contains(&main)
+            || rules.iter().any(|other| {
+                other.priority == RULE_PARENT && other.source == rule.source && other.table != rule.table
+            });
+        if !shared {
+            netlink.delete_rule(main).await?;
+            netlink.delete_rule(reply).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes back what [`prepare_parent`] did to the node's routing for this parent: rules, routes, neighbours. Settings
+/// and offloads stay, for nobody knows any more what they were. A parent that is gone took everything but the rules
+/// with it.
+pub async fn restore_parent(interface: &str) -> Result<(), WiringError> {
+    let netlink = Netlink::open()?;
+    let Some(link) = netlink.find_link(interface).await? else {
+        return remove_dead_rules(&netlink).await;
+    };
+    remove_rules(&netlink, link.index, &[], |_| false).await?;
+    for route in parent_routes(&netlink, link.index).await? {
+        netlink.delete_default_route(route).await?;
+    }
+    netlink.delete_own_neighbours(&link).await?;
+    remove_dead_rules(&netlink).await
+}
+
+/// Removes rules that lead to tables without a route, as are left when a parent was taken away.
+async fn remove_dead_rules(netlink: &Netlink) -> Result<(), WiringError> {
+    let routes = netlink.own_default_routes().await?;
+    let rules = netlink.source_rules().await?;
+    let alive = |rule: &SourceRule| routes.iter().any(|route| route.table == rule.table);
+    let parent_rules = || rules.iter().filter(|rule| rule.priority == RULE_PARENT);
+    for rule in parent_rules().filter(|rule| TABLES.contains(&rule.table) && !alive(rule)) {
+        netlink.delete_rule(*rule).await?;
+        if !parent_rules().any(|other| other.source == rule.source && alive(other)) {
+            let [reply, main, _] = self::rules(rule.source, rule.table);
+            netlink.delete_rule(main).await?;
+            netlink.delete_rule(reply).await?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::fd::AsRawFd as _, thread};
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    #[test]
+    fn names_of_host_sides_are_stable_and_recognised() {
+        let name = host_interface_name("0123456789abcdef", "eth0");
+        assert_eq!(name, "eni20cf95920f1");
+        assert!(is_own_name(&name));
+        assert_ne!(name, host_interface_name("0123456789abcdef", "eth1"));
+        assert_ne!(host_interface_name("ab", "c"), host_interface_name("a", "bc"));
+        for foreign in ["eth0", "eni", "eni0", "eni20cf95920fg", "eni20CF95920F1", "eni20cf95920f10"] {
+            assert!(!is_own_name(foreign), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn aliases_fit_the_kernel() {
+        let spec = PodSpec { owner_key: "ä".repeat(200), ..pod(Path::new("/none")) };
+        assert!(alias(&spec).len() <= 255);
+    }
+
+    #[test]
+    fn a_subnet_keeps_its_table_and_a_new_one_takes_a_free_one() {
+        let gateway = Ipv4Addr::new(10, 1, 16, 1);
+        let routes = [DefaultRoute { table: 2100, output: 5, gateway: Some(gateway) }];
+        assert_eq!(table_for(&[], 5, gateway).unwrap(), 2100);
+        assert_eq!(table_for(&routes, 5, gateway).unwrap(), 2100);
+        assert_eq!(table_for(&routes, 6, gateway).unwrap(), 2101);
+        assert_eq!(table_for(&routes, 5, Ipv4Addr::new(10, 1, 20, 1)).unwrap(), 2101);
+        let full: Vec<_> =
+            TABLES.map(|table| DefaultRoute { table, output: 1, gateway: Some(gateway) }).collect();
+        assert!(table_for(&full, 5, gateway).is_err());
+    }
+
+    const MAC_OF_POD: [u8; 6] = [0xfa, 0x16, 0x3e, 0, 1, 2];
+    const MAC_OF_GATEWAY: [u8; 6] = [0xfa, 0xff, 0xff, 0, 0, 1];
+
+    fn pod(netns: &Path) -> PodSpec {
+        PodSpec {
+            owner_key: "c0ffee".to_owned(),
+            netns: Some(netns.to_path_buf()),
+            interface: "eth0".to_owned(),
+            host_interface: None,
+            mac: MAC_OF_POD,
+            ipv4: Ipv4Addr::new(10, 1, 18, 2),
+            subnet: "10.1.16.0/22".parse().unwrap(),
+            gateway: Ipv4Addr::new(10, 1, 16, 1),
+            gateway_mac: MAC_OF_GATEWAY,
+            mtu: 1450,
+            parent: "eth1".to_owned(),
+        }
+    }
+
+    /// Runs `work` on a thread with a network namespace of its own, which ends with it. Namespaces need privileges;
+    /// elsewhere there is nothing to look at.
+    fn on_a_node(work: impl AsyncFnOnce() + Send + 'static) {
+        thread::spawn(|| {
+            if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
+                assert!(!nix::unistd::geteuid().is_root(), "{error}");
+                return;
+            }
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                // Without an address of its own, loopback's, the kernel takes every gateway for a broadcast address.
+                let netlink = Netlink::open().unwrap();
+                let lo = netlink.link("lo").await.unwrap();
+                netlink.change_link(&lo, LinkChange { up: true, ..LinkChange::default() }).await.unwrap();
+                work().await;
+            });
+        })
+        .join()
+        .unwrap();
+    }
+
+    /// A new network namespace, and a path to it that holds as long as it is kept.
+    fn new_netns() -> (File, PathBuf) {
+        let file = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            File::open("/proc/thread-self/ns/net").unwrap()
+        })
+        .join()
+        .unwrap();
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        (file, path)
+    }
+
+    async fn add_parent(netlink: &Netlink, name: &str) {
+        let here = Namespace::current().unwrap();
+        let other = format!("{name}f");
+        let (a, b) =
+            (VethEnd { name, mac: [2, 0, 0, 0, 1, 1] }, VethEnd { name: &other, mac: [2, 0, 0, 0, 1, 2] });
+        netlink.add_veth(a, b, &here, 1500).await.unwrap();
+    }
+
+    #[test]
+    fn a_pod_is_wired_found_again_repaired_and_taken_down() {
+        on_a_node(async || {
+            let (_keep, path) = new_netns();
+            let spec = pod(&path);
+            let first = wire(&spec).await.unwrap();
+            assert!(!first.adopted);
+            assert_eq!(first.host_interface, host_interface_name("c0ffee", "eth0"));
+
+            let again = wire(&spec).await.unwrap();
+            assert!(again.adopted);
+            assert_eq!((again.ifindex, &again.host_interface), (first.ifindex, &first.host_interface));
+
+            let netlink = Netlink::open().unwrap();
+            let host = netlink.link(&first.host_interface).await.unwrap();
+            assert_eq!((host.mac, host.mtu, host.up), (Some(MAC_OF_GATEWAY), 1450, true));
+            assert_eq!(host.alias.as_deref(), Some("eniway eth0 c0ffee"));
+            let key: sysctl::Key<'_> = &["ipv4", "conf", &host.name, "rp_filter"];
+            assert_eq!(sysctl::get(key).unwrap().as_deref(), Some("2"));
+            assert!(
+                netlink.addresses().await.unwrap().is_empty(),
+                "the host side has no address, link-local neither"
+            );
+
+            let inside = Namespace::open(&path).unwrap();
+            let check = async || {
+                let netlink = Netlink::open().unwrap();
+                let link = netlink.link("eth0").await.unwrap();
+                assert_eq!((link.mac, link.mtu, link.up), (Some(MAC_OF_POD), 1450, true));
+                assert!(netlink.link("lo").await.unwrap().up);
+                assert!(ethtool::get("eth0", Offload::Gro).unwrap());
+                assert!(netlink.addresses().await.unwrap().contains(&Ipv4Addr::new(10, 1, 18, 2).into()));
+                let default = netlink.own_default_routes().await.unwrap();
+                assert_eq!(default[0].gateway, Some(Ipv4Addr::new(10, 1, 16, 1)));
+            };
+            inside.run(check).await.unwrap();
+
+            inside
+                .run(async || {
+                    let netlink = Netlink::open().unwrap();
+                    let route = netlink.own_default_routes().await.unwrap()[0];
+                    netlink.delete_default_route(route).await.unwrap();
+                    ethtool::set("eth0", Offload::Gro, false).unwrap();
+                })
+                .await
+                .unwrap();
+            wire(&spec).await.unwrap();
+            inside.run(check).await.unwrap();
+
+            unwire(&first.host_interface).await.unwrap();
+            unwire(&first.host_interface).await.unwrap();
+            assert_eq!(netlink.find_link(&first.host_interface).await.unwrap(), None);
+        });
+    }
+
+    #[test]
+    fn a_pair_that_another_made_is_adopted_and_never_deleted() {
+        on_a_node(async || {
+            let (_keep, path) = new_netns();
+            let namespace = Namespace::open(&path).unwrap();
+            let netlink = Netlink::open().unwrap();
+            let here = VethEnd { name: "lxc1", mac: [2, 0, 0, 0, 0, 9] };
+            let there = VethEnd { name: "eth0", mac: MAC_OF_POD };
+            netlink.add_veth(here, there, &namespace, 1500).await.unwrap();
+
+            let wired = wire(&pod(&path)).await.unwrap();
+            assert!(wired.adopted);
+            assert_eq!(wired.host_interface, "lxc1");
+            let host = netlink.link("lxc1").await.unwrap();
+            assert_eq!((host.mac, host.mtu, host.alias), (Some(MAC_OF_GATEWAY), 1450, None));
+
+            let named = PodSpec { host_interface: Some("lxc2".to_owned()), ..pod(&path) };
+            let error = wire(&named).await.unwrap_err();
+            assert!(matches!(error, WiringError::OtherHostInterface { .. }), "{error}");
+
+            let blind = PodSpec { netns: None, host_interface: Some("lxc1".to_owned()), ..pod(&path) };
+            assert_eq!(wire(&blind).await.unwrap().ifindex, wired.ifindex);
+
+            unwire("lxc1").await.unwrap();
+            assert!(netlink.find_link("lxc1").await.unwrap().is_some());
+        });
+    }
+
+    #[test]
+    fn what_cannot_be_wired_is_told() {
+        on_a_node(async || {
+            let (_keep, path) = new_netns();
+            let spec = pod(&path);
+            wire(&spec).await.unwrap();
+
+            let other_mac = PodSpec { mac: [0xfa, 0x16, 0x3e, 9, 9, 9], ..spec.clone() };
+            let error = wire(&other_mac).await.unwrap_err();
+            assert!(matches!(error, WiringError::Taken { .. }), "{error}");
+
+            let gone = PodSpec { netns: Some("/run/netns/ewc-gone".into()), ..spec.clone() };
+            let error = wire(&gone).await.unwrap_err();
+            assert!(matches!(error, WiringError::Netns(NetnsError::Gone { .. })), "{error}");
+
+            let host = PodSpec { netns: Some("/proc/thread-self/ns/net".into()), ..spec.clone() };
+            let error = wire(&host).await.unwrap_err();
+            assert!(matches!(error, WiringError::HostNetwork(_)), "{error}");
+
+            let (_keep, second) = new_netns();
+            let same_name =
+                PodSpec { netns: Some(second.clone()), mac: [0xfa, 0x16, 0x3e, 9, 9, 9], ..spec.clone() };
+            let moved = wire(&same_name).await.unwrap();
+            assert!(!moved.adopted, "a container has one interface of a name: the stale pair gives way");
+
+            let nothing = PodSpec { netns: None, ..spec.clone() };
+            assert!(matches!(wire(&nothing).await, Err(WiringError::NothingNamed)));
+
+            // From a third namespace, both ends of the pair are elsewhere.
+            let (_keep, third) = new_netns();
+            let path = second.clone();
+            let error = Namespace::open(&third)
+                .unwrap()
+                .run(async move || {
+                    let spec = PodSpec { mac: [0xfa, 0x16, 0x3e, 9, 9, 9], ..pod(&path) };
+                    wire(&spec).await.unwrap_err()
+                })
+                .await
+                .unwrap();
+            assert!(matches!(error, WiringError::ElsewherePeer { .. }), "{error}");
+        });
+    }
+
+    #[test]
+    fn parents_are_prepared_and_restored() {
+        on_a_node(async || {
+            let netlink = Netlink::open().unwrap();
+            add_parent(&netlink, "eth1").await;
+            add_parent(&netlink, "eth2").await;
+            let before = netlink.source_rules().await.unwrap();
+            let [a, b]: [Ipv4Net; 2] = ["10.1.16.0/22", "10.1.20.0/22"].map(|net| net.parse().unwrap());
+            let gateway = |net: Ipv4Net| (net, net.hosts().next().unwrap(), MAC_OF_GATEWAY);
+            let one = ParentSpec { interface: "eth1".to_owned(), gateways: vec![gateway(a), gateway(b)] };
+            let two = ParentSpec {
+                interface: "eth2".to_owned(),
+                gateways: vec![gateway("10.2.0.0/16".parse().unwrap())],
+            };
+            let prepared = prepare_parent(&one).await.unwrap();
+            assert!(prepared.rxvlan_off);
+            assert!(!ethtool::get("eth1", Offload::RxVlan).unwrap());
+            assert!(
+                prepared.changes.iter().any(|change| change == "eth1: rxvlan off (was on)"),
+                "{prepared:?}"
+            );
+            prepare_parent(&two).await.unwrap();
+            prepare_parent(&one).await.unwrap();
+            let rules = netlink.source_rules().await.unwrap();
+            assert_eq!(rules.len(), 9, "{rules:?}");
+            let mut tables: Vec<_> =
+                netlink.own_default_routes().await.unwrap().iter().map(|route| route.table).collect();
+            tables.sort_unstable();
+            assert_eq!(tables, [2100, 2101, 2102]);
+
+            let less = ParentSpec { gateways: vec![gateway(b)], ..one.clone() };
+            prepare_parent(&less).await.unwrap();
+            prepare_parent(&ParentSpec { gateways: vec![], ..one.clone() }).await.unwrap();
+            let rules = netlink.source_rules().await.unwrap();
+            assert!(rules.iter().all(|rule| rule.source != a), "{rules:?}");
+            assert_eq!(rules.len(), 6);
+
+            restore_parent("eth1").await.unwrap();
+            assert_eq!(netlink.source_rules().await.unwrap().len(), 3);
+            // Taken away: its route is gone, the rules are not.
+            let eth2 = netlink.link("eth2").await.unwrap();
+            netlink.delete_link(&eth2).await.unwrap();
+            restore_parent("eth2").await.unwrap();
+            assert_eq!(netlink.source_rules().await.unwrap(), before);
+
+            let missing = ParentSpec { interface: "eth9".to_owned(), gateways: vec![] };
+            let error = prepare_parent(&missing).await.unwrap_err().to_string();
+            assert!(error.contains("no interface eth9") && error.contains("eth1"), "{error}");
+        });
+    }
+}
