@@ -1,0 +1,23 @@
+//! The fabric of the lab: one program at tc ingress of the fabric's end of every port. It is as strict as a cloud: a
+//! frame must come from a NIC that exists at (port, VLAN id), with that NIC's MAC and address, and go to the gateway.
+//!
+//! Speed matters only in that a large GSO packet must cost no more than a small one.
+
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(target_arch = "bpf")]
+mod fabric;
+
+#[cfg(target_arch = "bpf")]
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "license")]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}

@@ -1,0 +1,8 @@
+//! A VPC made of network namespaces, in which the tests, the demo and the benchmarks run: nodes, pods, virtual
+//! machines, and a fabric that is as strict as a cloud's. Start at [`lab::Lab`].
+//!
+//! The fabric shares no code with the datapath: it is the independent judge of what the datapath sends.
+
+pub mod demo;
+pub mod lab;
+pub mod programs;
