@@ -1,0 +1,75 @@
+//! `cargo xtask demo` and `cargo xtask lab`: build the lab's program and become it.
+
+use std::{env, os::unix::process::CommandExt as _, path::Path, path::PathBuf, process::Command};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{cmd, crates, needs::Scope, setup};
+
+/// Runs the walk-through.
+pub(crate) fn demo(keep: bool, report: Option<&Path>) -> Result<()> {
+    need_root("the lab")?;
+    setup::run(Scope::Lab)?;
+    build()?;
+    let mut demo = lab()?;
+    demo.arg("demo");
+    if keep {
+        demo.arg("--keep");
+    }
+    if let Some(report) = report {
+        demo.arg("--report").arg(report);
+    }
+    become_it(&mut demo)
+}
+
+/// Runs the lab's program with these arguments.
+pub(crate) fn run(args: &[String]) -> Result<()> {
+    need_root("the lab")?;
+    setup::run(Scope::Lab)?;
+    build()?;
+    become_it(lab()?.args(args))
+}
+
+/// Builds the agent and the lab, with the BPF objects inside.
+pub(crate) fn build() -> Result<()> {
+    cmd::step("build the agent and the lab", || {
+        cmd::run(&mut cmd::cargo(&[
+            "build",
+            "--locked",
+            "--package",
+            "datapath-user",
+            "--package",
+            crates::LAB,
+            "--bins",
+        ]))
+    })
+}
+
+/// Fails where we are not root, before anything else is done.
+pub(crate) fn need_root(what: &str) -> Result<()> {
+    if !cmd::is_root() {
+        bail!("{what} needs root (network namespaces, BPF programs): run it as root");
+    }
+    Ok(())
+}
+
+/// The directory of the programs that [`build`] makes.
+pub(crate) fn bin_dir() -> Result<PathBuf> {
+    // We are in the same target directory, perhaps built with another profile.
+    let own = env::current_exe().context("where our own program is")?;
+    let profiles =
+        own.parent().and_then(Path::parent).context("our own program is not in a target directory")?;
+    Ok(profiles.join("debug"))
+}
+
+fn lab() -> Result<Command> {
+    let bin = bin_dir()?;
+    let mut lab = Command::new(bin.join("eniway-lab"));
+    lab.env("ENIWAY_BIN", bin.join("eniway"));
+    Ok(lab)
+}
+
+fn become_it(command: &mut Command) -> Result<()> {
+    let error = command.exec();
+    Err(error).with_context(|| cmd::cannot_run(command))
+}

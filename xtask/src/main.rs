@@ -1,0 +1,86 @@
+//! `cargo xtask`: the front door of the repository. It does nothing itself; it runs other programs, says
+//! which and how long each took, and prints the exact command when one fails.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod check;
+mod cmd;
+mod crates;
+mod doctor;
+mod lab;
+mod links;
+mod needs;
+mod setup;
+mod test;
+
+/// Sets a machine up, runs the demo, the tests and the checks of eniway.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what building, the lab and the checks need (as root; the other tasks do it on their own).
+    Setup {
+        /// Install nothing, list what is missing; exit status 1 if anything is.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Show what this machine has, what it lacks and how to get it.
+    Doctor,
+    /// Build everything, make the lab, run the walk-through and its checks (as root).
+    Demo {
+        /// Leave the lab standing and print the commands to look around.
+        #[arg(long)]
+        keep: bool,
+        /// Write what was found as JSON.
+        #[arg(long, value_name = "FILE")]
+        report: Option<PathBuf>,
+    },
+    /// Drive the lab: `down` removes what a demo left standing, `--help` lists the rest.
+    Lab {
+        /// Handed to the lab as they are.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        args: Vec<String>,
+    },
+    /// Run the tests and count them.
+    Test {
+        /// Which tests; all of them when not given. All but the host tests need root.
+        group: Option<test::Group>,
+        /// Only tests with this in their name, and whatever else the test runner understands.
+        #[arg(last = true)]
+        filter: Vec<String>,
+    },
+    /// Formatting, lints of the host crates and of the BPF crates, documentation, lock file.
+    Check,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Task::Setup { check: false } => setup::run(needs::Scope::All).map(|()| true),
+        Task::Setup { check: true } => setup::check(),
+        Task::Doctor => doctor::run(),
+        Task::Demo { keep, report } => lab::demo(keep, report.as_deref()).map(|()| true),
+        Task::Lab { args } => lab::run(&args).map(|()| true),
+        Task::Test { group, filter } => test::run(group, &filter),
+        Task::Check => check::run().map(|()| true),
+    };
+    finish(done)
+}
+
+fn finish(done: Result<bool>) -> ExitCode {
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! What the tasks need from the machine, and whether it is there. Looking takes milliseconds, so that every
+//! task can look each time.
+
+use std::{
+    fmt::{self, Display, Formatter},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use bpf_build::{Compiler, find_in_path};
+
+/// The linker's version: later ones need an LLVM of their own, this one uses rustc's.
+pub(crate) const BPF_LINKER: &str = "0.10.3";
+
+/// Where programs, maps and links are pinned.
+pub(crate) const BPFFS: &str = "/sys/fs/bpf";
+
+/// What a task is about to do, which decides what it needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Build the host crates and the BPF objects.
+    Build,
+    /// Build, and run the lab or anything else that loads programs.
+    Lab,
+    /// Build, and lint the BPF crates.
+    Check,
+    /// Everything.
+    All,
+}
+
+/// A program that the lab runs, and Debian's package that has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tool {
+    pub(crate) program: &'static str,
+    pub(crate) package: &'static str,
+    pub(crate) why: &'static str,
+}
+
+const fn tool(program: &'static str, package: &'static str, why: &'static str) -> Tool {
+    Tool { program, package, why }
+}
+
+/// The programs that the lab runs.
+pub(crate) const LAB_TOOLS: [Tool; 5] = [
+    tool("nginx", "nginx", "serves in every pod of the lab"),
+    tool("ip", "iproute2", "namespaces, links and routes of the lab"),
+    tool("nft", "nftables", "NodePort in the lab"),
+    tool("tcpdump", "tcpdump", "reads the lab's captures"),
+    tool("nsenter", "util-linux", "enters a namespace of the lab to look around"),
+];
+
+/// Something a scope needs and the machine lacks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Lack {
+    /// A program of the lab.
+    Tool(Tool),
+    /// The sources of the core library.
+    Sources,
+    /// clippy of the release that compiles the BPF crates, where that is Debian's.
+    DebianClippy,
+    /// The linker, with the version that is there instead.
+    Linker(Option<String>),
+    /// The BPF file system.
+    Bpffs,
+}
+
+/// What `scope` needs and the machine lacks.
+pub(crate) fn lacks(scope: Scope) -> Vec<Lack> {
+    let mut lacks = Vec::new();
+    let compiler = Compiler::find().ok();
+    if compiler.is_none() {
+        lacks.push(Lack::Sources);
+    }
+    let lint = matches!(scope, Scope::Check | Scope::All);
+    if lint && compiler.is_some_and(|c| c.is_debian() && !c.tool("cargo-clippy").exists()) {
+        lacks.push(Lack::DebianClippy);
+    }
+    let linker = linker_version();
+    if linker.as_deref() != Some(BPF_LINKER) {
+        lacks.push(Lack::Linker(linker));
+    }
+    if matches!(scope, Scope::Lab | Scope::All) {
+        lacks.extend(LAB_TOOLS.into_iter().filter(|tool| find_tool(tool.program).is_none()).map(Lack::Tool));
+        if !bpffs_mounted() {
+            lacks.push(Lack::Bpffs);
+        }
+    }
+    lacks
+}
+
+/// The version of the `bpf-linker` that the compiler will find.
+pub(crate) fn linker_version() -> Option<String> {
+    let output = Command::new("bpf-linker").arg("--version").output().ok()?;
+    String::from_utf8(output.stdout).ok()?.split_whitespace().nth(1).map(str::to_owned)
+}
+
+/// Whether the BPF file system is mounted where pins go.
+pub(crate) fn bpffs_mounted() -> bool {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    mounts.lines().any(|mount| {
+        let mut fields = mount.split(' ').skip(1);
+        fields.next() == Some(BPFFS) && fields.next() == Some("bpf")
+    })
+}
+
+/// A program, also when `PATH` lacks the directories of the system's programs.
+pub(crate) fn find_tool(program: &str) -> Option<PathBuf> {
+    let system =
+        || ["/usr/sbin", "/sbin"].iter().map(|dir| Path::new(dir).join(program)).find(|p| p.is_file());
+    find_in_path(program).or_else(system)
+}
+
+impl Display for Lack {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tool(Tool { program, package, why }) => {
+                write!(f, "{program} ({why}), in the package {package}")
+            }
+            Self::Sources => write!(
+                f,
+                "sources of the core library, by `rustup component add rust-src` or the packages rustc-web and rust-web-src"
+            ),
+            Self::DebianClippy => write!(f, "clippy of Debian's compiler, in the package rust-web-clippy"),
+            Self::Linker(None) => {
+                write!(f, "bpf-linker, by `cargo install bpf-linker --version {BPF_LINKER} --locked`")
+            }
+            Self::Linker(Some(version)) => write!(
+                f,
+                "bpf-linker {BPF_LINKER} (here is {version}), by `cargo install bpf-linker --version {BPF_LINKER} --locked`"
+            ),
+            Self::Bpffs => write!(f, "the BPF file system, by `mount -t bpf bpf {BPFFS}`"),
+        }
+    }
+}
