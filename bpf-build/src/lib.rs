@@ -58,7 +58,9 @@ pub fn build(package: &str, dir: &Path, objects: &[&str], watch: &[&str]) -> Res
         return Ok(());
     }
 
-    let target_dir = out_dir.join("bpf-target");
+    // OUT_DIR is <target>/<profile>/build/<package>/out. All crates and profiles share one directory beside the profiles,
+    // so that the core library is built once; cargo's lock on it is not the one that the calling cargo holds.
+    let target_dir = out_dir.ancestors().nth(4).unwrap_or(&out_dir).join("bpf");
     let arch = env::var("CARGO_CFG_TARGET_ARCH").context("CARGO_CFG_TARGET_ARCH")?;
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo

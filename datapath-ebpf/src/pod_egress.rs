@@ -2,7 +2,7 @@
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
-    abi::{Direction, Endpoint, Outcome, maps::HOST_REPLY_MARK},
+    abi::{Direction, Endpoint, Outcome, maps::SERVICE_MARK},
     decide::{Decision, pod_egress::decide},
     packet::{Frame as _, arp},
 };
@@ -33,8 +33,8 @@ fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
         (Outcome::WireArp, Some(pod), _) => to_wire(skb, pod),
         (Outcome::Local, _, Some(to)) => to_pod(skb, to),
         (Outcome::Host, _, _) => Some(skb.accept()),
-        (Outcome::HostReply, _, _) => {
-            skb.mark(HOST_REPLY_MARK);
+        (Outcome::HostService, _, _) => {
+            skb.mark(SERVICE_MARK);
             Some(skb.accept())
         }
         (Outcome::ArpAnswered, Some(pod), _) => answer_arp(skb, pod),

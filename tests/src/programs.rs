@@ -3,7 +3,7 @@
 //! The kernel knows no tag beside the frame there and does not say what tag a program leaves; the programs of
 //! `fabric-ebpf/src/probe.rs` run around the ones under test where that matters.
 
-use std::{collections::BTreeMap, ffi::OsStr, process::Command, time::Duration};
+use std::{collections::BTreeMap, ffi::OsStr, fmt, process::Command, time::Duration};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader, TestRun as _, TestRunOptions,
@@ -100,7 +100,7 @@ impl<'a> Input<'a> {
     }
 
     /// The `__sk_buff` that the kernel makes the socket buffer by (net/bpf/test_run.c, `convert___skb_to_skb`).
-    fn context(&self) -> [u8; SkBuff::SIZE] {
+    pub fn context(&self) -> [u8; SkBuff::SIZE] {
         let mut context = [0; SkBuff::SIZE];
         let mut put = |offset: usize, value: u32| {
             context[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
@@ -132,7 +132,7 @@ fn word(bytes: &[u8; SkBuff::SIZE], at: usize) -> u32 {
 }
 
 /// What came of a packet.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Output {
     /// What the program returned.
     pub action: i32,
@@ -140,6 +140,18 @@ pub struct Output {
     pub frame: Vec<u8>,
     /// The mark that it left; 0 for XDP programs.
     pub mark: u32,
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { action, frame, mark } = self;
+        write!(f, "action {action}, mark {mark:#x}, frame {}", hex(frame))
+    }
+}
+
+/// Bytes as tools print them.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Packets and bytes by endpoint id, direction and outcome; what is zero is left out.
@@ -466,7 +478,11 @@ impl Probe {
     /// # Errors
     ///
     /// When the kernel refuses the packet.
-    pub fn run(&self, name: &'static str, options: TestRunOptions<'_>) -> Result<TestRunResult, ProgramsError> {
+    pub fn run(
+        &self,
+        name: &'static str,
+        options: TestRunOptions<'_>,
+    ) -> Result<TestRunResult, ProgramsError> {
         test_run(&self.0, name, options)
     }
 

@@ -347,7 +347,11 @@ fn a_bad_document_changes_nothing_and_is_told_with_the_place() -> Result {
             &["pods[1]", "pods[0]"],
         ),
         ("unknown key", |document| document["pods"][1]["vlam"] = 3.into(), &["pods[1]", "vlam"]),
-        ("missing key", |document| _ = document["pods"][1].as_object_mut().map(|pod| pod.remove("mac")), &["pods[1]", "mac"]),
+        (
+            "missing key",
+            |document| _ = document["pods"][1].as_object_mut().map(|pod| pod.remove("mac")),
+            &["pods[1]", "mac"],
+        ),
     ];
     for (what, edit, words) in cases {
         agent.change(|document| {
@@ -363,7 +367,10 @@ fn a_bad_document_changes_nothing_and_is_told_with_the_place() -> Result {
         };
         agent.wait_status(&format!("{what}: an error with {words:?}"), Duration::from_secs(5), told)?;
         let text = agent.cli(&["status"])?;
-        assert!(words.iter().all(|word| text.contains(word)), "{what}: `eniway status` does not tell: {text}");
+        assert!(
+            words.iter().all(|word| text.contains(word)),
+            "{what}: `eniway status` does not tell: {text}"
+        );
         everything_works(&lab);
     }
     fs::write(agent.source(), "{")?;
@@ -436,7 +443,8 @@ fn killed_under_traffic_it_loses_no_packet_and_changes_nothing_when_back() -> Re
                     let mut lost = Vec::new();
                     while !stop.load(Ordering::Relaxed) {
                         // Each is answered or lost; there is no second try.
-                        let result = udp_exchange(&a.netns, 0, server.addr(), b"ping", Duration::from_secs(1));
+                        let result =
+                            udp_exchange(&a.netns, 0, server.addr(), b"ping", Duration::from_secs(1));
                         sent.fetch_add(1, Ordering::Relaxed);
                         lost.extend(result.err().map(|error| error.to_string()));
                     }

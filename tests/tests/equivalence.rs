@@ -12,7 +12,7 @@ use std::{
 
 use datapath_common::{
     abi::{
-        Direction, Door, Endpoint, Flow, FlowKey, FragmentKey, Origin, Outcome, maps::HOST_REPLY_MARK,
+        Direction, Door, Endpoint, Flow, FlowKey, FragmentKey, Origin, Outcome, maps::SERVICE_MARK,
         outcome::Kind,
     },
     decide::{Decision, eni_egress, eni_ingress, pod_egress, pod_ingress},
@@ -21,8 +21,8 @@ use datapath_common::{
         link::{TPID_8021AD, TPID_8021Q, Tag},
     },
     testing::{
-        Change, GATEWAY, GATEWAY_MAC, METADATA, MemoryTables, NODE, NODE_MAC, PARENT_IFINDEX, PODS, Packet, REMOTE,
-        SERVICE, VIP, VIP_IN_SERVICES, node,
+        Change, GATEWAY, GATEWAY_MAC, METADATA, MemoryTables, NODE, NODE_MAC, PARENT_IFINDEX, PODS, Packet,
+        REMOTE, SERVICE, VIP, VIP_IN_SERVICES, node,
         packet::{ACK, SYN, SYN_ACK},
     },
 };
@@ -31,7 +31,7 @@ use datapath_user::{
     object::Constants,
 };
 use eniway_tests::programs::{
-    Counts, Hook, Input, Output, Programs, ProgramsError, now, private_netns, tc, write_pcap, xdp,
+    Counts, Hook, Input, Output, Programs, ProgramsError, hex, now, private_netns, tc, write_pcap, xdp,
 };
 
 /// Packets in all, unless said otherwise.
@@ -131,10 +131,12 @@ fn between(dice: &mut Dice, src: [u8; 4], dst: [u8; 4]) -> Packet {
         5..=7 => Packet::udp((src, sport), (dst, dport)),
         8 => Packet::icmp(dice.of(&[0, 8, 5, 9, 13]), src, dst, sport),
         9 => {
+            // From the other end, or from a router on the way to it.
+            let far = if dice.one_in(3) { dice.of(&ADDRESSES) } else { src };
             let about = match dice.below(3) {
-                0 => Packet::tcp((dst, dport), (src, sport), ACK),
-                1 => Packet::udp((dst, dport), (src, sport)),
-                _ => Packet::icmp(8, dst, src, sport),
+                0 => Packet::tcp((dst, dport), (far, sport), ACK),
+                1 => Packet::udp((dst, dport), (far, sport)),
+                _ => Packet::icmp(8, dst, far, sport),
             };
             Packet::icmp_error(dice.of(&[3, 4, 11, 12]), src, dst, &about)
         }
@@ -157,7 +159,8 @@ fn remote(dice: &mut Dice) -> [u8; 4] {
 /// A packet in good order, for a hook and, mostly, a pod that it concerns.
 fn valid(dice: &mut Dice) -> Case {
     let hook = dice.of(&Hook::ALL);
-    let pod = dice.of(&PODS);
+    // What comes for the last pod, on the other parent, is refused here.
+    let pod = if dice.one_in(10) { PODS[3] } else { dice.of(&PODS[..3]) };
     let other = remote(dice);
     let mut case = Case { hook, frame: vec![], tag: None, ifindex: pod.ifindex, gso_size: 0, gso_segs: 0 };
     let packet = match hook {
@@ -242,7 +245,8 @@ fn mutate(dice: &mut Dice, case: &mut Case) {
         },
         9 => put(frame, dice.of(&[12, ip - 2]), &dice.of(&ETHERTYPES).to_be_bytes()),
         10 => {
-            let len = (frame.len() as i64 - ip as i64 + dice.of(&[-40, -20, -8, -1, 0, 1, 40])).clamp(0, 0xffff);
+            let len =
+                (frame.len() as i64 - ip as i64 + dice.of(&[-40, -20, -8, -1, 0, 1, 40])).clamp(0, 0xffff);
             put(frame, ip + 2, &(len as u16).to_be_bytes());
         }
         11 => put(frame, ip, &[dice.of(&[0x45, 0x46, 0x4f, 0x44, 0x65, 0x40])]),
@@ -261,7 +265,8 @@ fn mutate(dice: &mut Dice, case: &mut Case) {
             }
         }
         _ => {
-            case.ifindex = dice.of(&[NOBODYS, PODS[0].ifindex, PODS[1].ifindex, PODS[2].ifindex, PODS[3].ifindex]);
+            case.ifindex =
+                dice.of(&[NOBODYS, PODS[0].ifindex, PODS[1].ifindex, PODS[2].ifindex, PODS[3].ifindex]);
         }
     }
 }
@@ -340,8 +345,8 @@ fn expect(constants: Constants, node: &MemoryTables, case: &Case) -> Expected {
                     tc::REDIRECT
                 }
                 (Outcome::Host, ..) => tc::NEXT,
-                (Outcome::HostReply, ..) => {
-                    mark = HOST_REPLY_MARK;
+                (Outcome::HostService, ..) => {
+                    mark = SERVICE_MARK;
                     tc::NEXT
                 }
                 (Outcome::ArpAnswered, Some(pod), _) => {
@@ -391,7 +396,8 @@ fn deliver(frame: &mut Vec<u8>, decision: &Decision<'_>, beside: Option<Tag>) {
 
 fn answer_arp(frame: &mut [u8], pod: &Endpoint) {
     let asker: [u8; 4] = frame[28..32].try_into().expect("four bytes");
-    let answer = Packet::arp(2, pod.gateway_mac, pod.gateway_ipv4, asker).macs(pod.gateway_mac, pod.mac).bytes();
+    let answer =
+        Packet::arp(2, pod.gateway_mac, pod.gateway_ipv4, asker).macs(pod.gateway_mac, pod.mac).bytes();
     put(frame, 0, &answer);
     put(frame, 32, &pod.mac);
 }
@@ -499,7 +505,8 @@ impl Side {
         for (key, flow) in self.programs.maps.flows().expect("the map is read") {
             flows.insert(format!("{key:?}"), flow);
         }
-        let known: BTreeMap<_, _> = self.node.flows.iter().map(|(key, flow)| (format!("{key:?}"), *flow)).collect();
+        let known: BTreeMap<_, _> =
+            self.node.flows.iter().map(|(key, flow)| (format!("{key:?}"), *flow)).collect();
         assert_eq!(flows, known, "flows: in the kernel, on the host");
         for (key, door) in &self.node.fragments {
             let found = self.programs.maps.fragment(key).expect("the map is read").map(|found| found.door);
@@ -519,11 +526,14 @@ fn number(name: &str, default: u64) -> u64 {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn explain(seed: u64, i: u64, constants: Constants, case: &Case, expected: &Expected, found: &Expected) -> String {
+fn explain(
+    seed: u64,
+    i: u64,
+    constants: Constants,
+    case: &Case,
+    expected: &Expected,
+    found: &Expected,
+) -> String {
     let path = format!("{}/equivalence.pcap", env!("CARGO_TARGET_TMPDIR"));
     let written = write_pcap(&path, &[&case.frame]).map_or_else(|error| error.to_string(), |()| path);
     format!(

@@ -272,7 +272,11 @@ fn primary(node: &Node) -> From<'_> {
 fn echo(netns: &Netns, from_port: u16, to: SocketAddrV4, length: usize) -> Result<UdpReply> {
     let payload: Vec<u8> = (0..length).map(|i| (i % 251) as u8).collect();
     let reply = udp_exchange(netns, from_port, to, &payload, LIMIT)?;
-    ensure!(reply.payload == payload, "{} bytes came back otherwise than they were sent", reply.payload.len());
+    ensure!(
+        reply.payload == payload,
+        "{} bytes came back otherwise than they were sent",
+        reply.payload.len()
+    );
     Ok(reply)
 }
 
@@ -289,8 +293,7 @@ fn expect_nowhere(netns: &Netns, from_port: u16, to: SocketAddrV4) -> Result<()>
 /// a talks to b, its neighbour: past the fabric on the fast path, else out on one VLAN and in on the other.
 fn direct_same_node(w: &World<'_>) -> Result<()> {
     let door = if w.setting.fast_path { "local" } else { "wire" };
-    let (asks, answers) =
-        (Watch::pod(w.lab, w.a, "egress", door)?, Watch::pod(w.lab, w.b, "egress", door)?);
+    let (asks, answers) = (Watch::pod(w.lab, w.a, "egress", door)?, Watch::pod(w.lab, w.b, "egress", door)?);
     let port = w.lab.fresh_port();
     let (_, whoami) = ask(&w.a.netns, w.b.http(), port)?;
     expect_seen(&whoami, w.b, SocketAddrV4::new(w.a.ip, port))?;
@@ -414,9 +417,21 @@ fn l5(w: &World<'_>) -> Result<()> {
     short_cut.rested()?;
     ensure!(remembered.rise()? <= 2, "the 5-tuple was remembered {} times", remembered.rise()?);
     let trace = w.lab.agent(&w.b.node)?.cli(&[
-        "trace", "--pod", "default/b", "--from", &client.to_string(), "--port", "80", "--via", "wire", "--no-syn",
+        "trace",
+        "--pod",
+        "default/b",
+        "--from",
+        &client.to_string(),
+        "--port",
+        "80",
+        "--via",
+        "wire",
+        "--no-syn",
     ])?;
-    ensure!(trace.contains("came in by door `wire`"), "the trace does not show the remembered flow:\n{trace}");
+    ensure!(
+        trace.contains("came in by door `wire`"),
+        "the trace does not show the remembered flow:\n{trace}"
+    );
     Ok(())
 }
 
@@ -500,7 +515,7 @@ fn node_port(w: &World<'_>, from: &From<'_>) -> Result<()> {
     let _rules = Rules::install(w.node, w.node.ip, NODE_PORT, &[w.a], Source::Kept)?;
     let to = SocketAddrV4::new(w.node.ip, NODE_PORT);
     let (there, back) =
-        (Watch::pod(w.lab, w.a, "ingress", "host")?, Watch::pod(w.lab, w.a, "egress", "host-reply")?);
+        (Watch::pod(w.lab, w.a, "ingress", "host")?, Watch::pod(w.lab, w.a, "egress", "host")?);
     let client = SocketAddrV4::new(from.ip, w.lab.fresh_port());
     let (_, whoami) = ask(from.netns, to, client.port())?;
     expect_seen(&whoami, w.a, client)?;
@@ -593,12 +608,7 @@ fn fragments_same_node(w: &World<'_>) -> Result<()> {
     if w.setting.fast_path {
         return trail.none();
     }
-    trail.both_ways(
-        &Place::of_pod(w.b),
-        SocketAddrV4::new(w.a.ip, port),
-        server.addr(),
-        &Place::of_pod(w.a),
-    )
+    trail.both_ways(&Place::of_pod(w.b), SocketAddrV4::new(w.a.ip, port), server.addr(), &Place::of_pod(w.a))
 }
 
 /// ```text

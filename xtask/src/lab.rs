@@ -25,8 +25,12 @@ pub(crate) fn demo(keep: bool, report: Option<&Path>) -> Result<()> {
 /// Runs the lab's program with these arguments.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     need_root("the lab")?;
-    setup::run(Scope::Lab)?;
-    build()?;
+    // What stands must come down also while the code does not build.
+    let built = bin_dir()?.join("eniway-lab").is_file();
+    if !(built && args.first().is_some_and(|arg| arg == "down")) {
+        setup::run(Scope::Lab)?;
+        build()?;
+    }
     become_it(lab()?.args(args))
 }
 

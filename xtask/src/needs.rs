@@ -42,11 +42,12 @@ const fn tool(program: &'static str, package: &'static str, why: &'static str) -
 }
 
 /// The programs that the lab runs.
-pub(crate) const LAB_TOOLS: [Tool; 5] = [
+pub(crate) const LAB_TOOLS: [Tool; 6] = [
     tool("nginx", "nginx", "serves in every pod of the lab"),
     tool("ip", "iproute2", "namespaces, links and routes of the lab"),
     tool("nft", "nftables", "NodePort in the lab"),
     tool("tcpdump", "tcpdump", "reads the lab's captures"),
+    tool("curl", "curl", "requests by hand in a lab that was kept"),
     tool("nsenter", "util-linux", "enters a namespace of the lab to look around"),
 ];
 

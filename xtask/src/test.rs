@@ -25,7 +25,7 @@ pub(crate) enum Group {
 }
 
 /// How the files of the scenarios in the lab begin, in tests/tests; the others test the kernel programs.
-const SCENARIO_PREFIXES: [&str; 3] = ["fabric", "lab", "scenario"];
+const SCENARIO_PREFIXES: [&str; 4] = ["agent", "fabric", "lab", "scenario"];
 
 /// Runs the tests of `group` (all without one). Returns whether all of them passed.
 pub(crate) fn run(group: Option<Group>, filter: &[String]) -> Result<bool> {

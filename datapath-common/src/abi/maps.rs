@@ -36,10 +36,11 @@ pub const PARENT_INDEX: &str = "PARENT_INDEX";
 /// Load-time constant (`u8`): 1 = `eni_xdp` also delivers what it wins at, 0 = it only guards.
 pub const XDP_REDIRECT: &str = "XDP_REDIRECT";
 
-/// Bit that `pod_egress` sets in the mark of a pod's reply that goes back through the node's stack. Routing happens before
-/// the stack translates the reply's source back, so a rule on this bit keeps it off the pod's parent. Clear of the bits
-/// that kube-proxy (0x4000, 0x8000), Cilium (0x0f00) and the AWS VPC CNI (0x80) use.
-pub const HOST_REPLY_MARK: u32 = 0x1000;
+/// Bit that `pod_egress` sets in the mark of a pod's packet to a Service, so that a routing rule sends it, once translated,
+/// out by the pod's parent. Everything else with a pod's source that the node's stack forwards is a reply that it is
+/// about to translate back, perhaps of another node's pod, and belongs on the node's own routes. Clear of the bits that
+/// kube-proxy (0x4000, 0x8000), Cilium (0x0f00) and the AWS VPC CNI (0x80) use.
+pub const SERVICE_MARK: u32 = 0x1000;
 
 /// Entries of `SUBENI` for each parent: all values of a 12-bit VLAN id.
 pub const VLANS: u32 = 4096;
@@ -64,6 +65,8 @@ pub mod host_dst {
     pub const HOST: u32 = 1;
     /// Pods may not reach the destination at all (the cloud's metadata service, unless allowed).
     pub const DENY: u32 = 2;
+    /// Together with [`HOST`]: the node's stack does not serve it but translates it, and forwards in the pod's name.
+    pub const SERVICE: u32 = 4;
 }
 
 /// Key of map `VIPS`.

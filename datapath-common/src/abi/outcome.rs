@@ -61,8 +61,8 @@ outcomes! {
     /// ARP of the pod, other than for the gateway, went out on its VLAN.
     WireArp = 7, "wire-arp", Forward;
 
-    /// A reply of the pod to a request that came in by the node's stack went back to the stack.
-    HostReply = 12, "host-reply", Forward;
+    /// A packet to a Service went to the node's stack, which translates it and forwards it in the pod's name.
+    HostService = 12, "host-service", Forward;
 
     /// A flow's door was remembered, because its replies would have taken another one.
     FlowRemembered = 8, "flow-remembered", Remark;

@@ -12,10 +12,11 @@ use crate::{
     tables::Tables,
 };
 
-/// The flow of a packet that the pod receives.
+/// The flow of a packet that the pod receives. An error may come from a router on the way to the other end.
 #[inline(always)]
 pub const fn inbound_key(pod: &Endpoint, ip: &Ipv4) -> FlowKey {
-    key(pod.id, ip.src, ip.l4.src_port, ip.l4.dst_port, ip.l4.proto)
+    let remote = if matches!(ip.l4.role, Role::Reports) { ip.l4.about } else { ip.src };
+    key(pod.id, remote, ip.l4.src_port, ip.l4.dst_port, ip.l4.proto)
 }
 
 /// The flow of a packet that the pod sends.

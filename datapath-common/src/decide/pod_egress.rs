@@ -2,8 +2,8 @@
 //!
 //! Ways: [`Outcome::Wire`] (tagged onto the parent ENI, from the pod's MAC on the wire to the gateway's),
 //! [`Outcome::WireArp`] (the same, but to the MAC that the frame has), [`Outcome::Local`] (into `to`, another pod of this
-//! node, from the gateway's MAC to that pod's), [`Outcome::Host`] (to the node's stack), [`Outcome::HostReply`] (the same,
-//! marked as the reply to what came in by it), [`Outcome::ArpAnswered`] (back to the pod, turned into the answer to its
+//! node, from the gateway's MAC to that pod's), [`Outcome::Host`] (to the node's stack), [`Outcome::HostService`] (the same,
+//! marked as what it forwards in the pod's name), [`Outcome::ArpAnswered`] (back to the pod, turned into the answer to its
 //! ARP request for the gateway).
 
 use super::{
@@ -125,7 +125,7 @@ fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) 
         {
             Outcome::Host
         }
-        Some(Door::Host) => Outcome::HostReply,
+        Some(Door::Host) => Outcome::Host,
         Some(Door::Wire) => Outcome::Wire,
         // Fragments only: no flow is remembered by this door.
         Some(Door::Local) => match tables.endpoint(tables.pod_by_ipv4(ip.dst)) {
@@ -146,7 +146,7 @@ fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) 
         }
     };
     match outcome {
-        Outcome::Host | Outcome::HostReply => lead(tables, pod, ip, Door::Host),
+        Outcome::Host | Outcome::HostService => lead(tables, pod, ip, Door::Host),
         Outcome::Wire => lead(tables, pod, ip, Door::Wire),
         _ => {}
     }
@@ -198,7 +198,7 @@ fn by_destination<T: Tables>(tables: &T, ip: &Ipv4, later: bool) -> Outcome {
     if flags & host_dst::DENY != 0 {
         Outcome::DeniedDestination
     } else if flags & host_dst::HOST != 0 && !later && !tables.is_vip(ip.dst, ip.l4.dst_port, ip.l4.proto) {
-        Outcome::Host
+        if flags & host_dst::SERVICE != 0 { Outcome::HostService } else { Outcome::Host }
     } else {
         Outcome::Wire
     }

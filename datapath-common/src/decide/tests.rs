@@ -158,7 +158,7 @@ fn l8_node_port() {
     let mut node = node();
     let (client, server) = (([203, 0, 113, 7], 40_000), (A.ipv4, 80));
     assert_eq!(from_host(&mut node, &A, tcp(client, server, SYN)), (Outcome::Host, REMEMBERED));
-    assert_eq!(from_pod(&mut node, &A, tcp(server, client, SYN_ACK)), only(Outcome::HostReply));
+    assert_eq!(from_pod(&mut node, &A, tcp(server, client, SYN_ACK)), only(Outcome::Host));
     assert_eq!(from_host(&mut node, &A, tcp(client, server, ACK)), only(Outcome::Host));
     // Another connection of the same client by the pod's VLAN is answered there.
     assert_eq!(from_fabric(&mut node, &A, tcp((client.0, 40_001), server, SYN)), only(Outcome::Wire));
@@ -196,10 +196,10 @@ fn a_new_request_by_another_door_is_remembered_instead() {
     from_fabric(&mut node, &B, tcp(client, server, SYN));
     // kube-proxy translated A's next request: neither default nor what is remembered.
     assert_eq!(from_host(&mut node, &B, tcp(client, server, SYN)), (Outcome::Host, REMEMBERED));
-    assert_eq!(from_pod(&mut node, &B, tcp(server, client, SYN_ACK)), only(Outcome::HostReply));
+    assert_eq!(from_pod(&mut node, &B, tcp(server, client, SYN_ACK)), only(Outcome::Host));
     // A packet of the old connection that was on its way changes nothing.
     assert_eq!(from_fabric(&mut node, &B, tcp(client, server, ACK)), only(Outcome::Wire));
-    assert_eq!(from_pod(&mut node, &B, tcp(server, client, ACK)), only(Outcome::HostReply));
+    assert_eq!(from_pod(&mut node, &B, tcp(server, client, ACK)), only(Outcome::Host));
 }
 
 /// The LRU map lost the entry: the next packet of the client brings it back, and that is counted.
@@ -290,7 +290,7 @@ fn icmp_errors_follow_their_flow_and_are_not_remembered() {
 fn what_the_host_translated_returns_to_the_host() {
     let mut node = node();
     let (pod, backend) = ((A.ipv4, 4000), (REMOTE, 8080));
-    assert_eq!(from_pod(&mut node, &A, tcp(pod, (SERVICE, 80), SYN)), only(Outcome::Host));
+    assert_eq!(from_pod(&mut node, &A, tcp(pod, (SERVICE, 80), SYN)), only(Outcome::HostService));
     assert_eq!(out_of_host(&mut node, tcp(pod, backend, SYN)), only(Outcome::Wire));
     assert_eq!(from_fabric(&mut node, &A, tcp(backend, pod, SYN_ACK)), only(Outcome::HostReturn));
     assert_eq!(from_host(&mut node, &A, tcp((SERVICE, 80), pod, SYN_ACK)), only(Outcome::Host));
@@ -303,6 +303,11 @@ fn what_the_host_translated_returns_to_the_host() {
     node.flows.clear();
     assert_eq!(out_of_host(&mut node, tcp(pod, backend, ACK)), only(Outcome::Wire));
     assert_eq!(from_fabric(&mut node, &A, error), only(Outcome::HostReturn));
+    // Also when a router on the way reports them, and not when they are about another connection.
+    let too_big = |about: &Packet| Packet::icmp_error(3, GATEWAY, A.ipv4, about);
+    assert_eq!(from_fabric(&mut node, &A, too_big(&tcp(pod, backend, ACK))), only(Outcome::HostReturn));
+    assert_eq!(from_fabric(&mut node, &A, too_big(&tcp(pod, (GATEWAY, 8080), ACK))), only(Outcome::Wire));
+    assert_eq!(from_fabric(&mut node, &A, too_big(&tcp((A.ipv4, 4001), backend, ACK))), only(Outcome::Wire));
 }
 
 #[test]
@@ -328,7 +333,7 @@ fn answers_through_the_host_are_not_taken_for_requests() {
     let mut node = node();
     let (client, server) = (([203, 0, 113, 7], 40_000), (A.ipv4, 80));
     from_host(&mut node, &A, tcp(client, server, SYN));
-    assert_eq!(from_pod(&mut node, &A, tcp(server, client, SYN_ACK)), only(Outcome::HostReply));
+    assert_eq!(from_pod(&mut node, &A, tcp(server, client, SYN_ACK)), only(Outcome::Host));
     assert_eq!(out_of_host(&mut node, tcp(server, client, SYN_ACK)), only(Outcome::Wire));
     let flow = node.flows[&flow_key(&A, client, 80, 6)];
     assert_eq!((flow.origin, flow.door), (Origin::Inbound as u8, Door::Host as u8));
@@ -370,7 +375,7 @@ fn destinations_choose_the_door() {
     assert_eq!(to((REMOTE, 80)), only(Outcome::Wire));
     assert_eq!(to((GATEWAY, 80)), only(Outcome::Wire));
     assert_eq!(to((NODE, 10_250)), only(Outcome::Host));
-    assert_eq!(to((SERVICE, 443)), only(Outcome::Host));
+    assert_eq!(to((SERVICE, 443)), only(Outcome::HostService));
     assert_eq!(to((VIP, 80)), only(Outcome::Wire));
     assert_eq!(to((METADATA, 80)), only(Outcome::DeniedDestination));
 }
@@ -381,8 +386,8 @@ fn a_vip_within_a_host_prefix() {
     let mut node = node();
     let client = (A.ipv4, 4000);
     assert_eq!(from_pod(&mut node, &A, tcp(client, (VIP_IN_SERVICES, 80), SYN)), only(Outcome::Wire));
-    assert_eq!(from_pod(&mut node, &A, tcp(client, (VIP_IN_SERVICES, 81), SYN)), only(Outcome::Host));
-    assert_eq!(from_pod(&mut node, &A, Packet::udp(client, (VIP_IN_SERVICES, 80))), only(Outcome::Host));
+    assert_eq!(from_pod(&mut node, &A, tcp(client, (VIP_IN_SERVICES, 81), SYN)), only(Outcome::HostService));
+    assert_eq!(from_pod(&mut node, &A, Packet::udp(client, (VIP_IN_SERVICES, 80))), only(Outcome::HostService));
     // An error about what came from there goes back there.
     let about = tcp((VIP_IN_SERVICES, 80), client, ACK);
     let error = Packet::icmp_error(3, A.ipv4, VIP_IN_SERVICES, &about);
@@ -464,7 +469,7 @@ fn later_fragments_follow_the_first() {
     assert_eq!(from_pod(&mut node, &A, part((B.ipv4, 2), 2, 200)), only(Outcome::Wire));
     // The same to the host's addresses.
     assert_eq!(from_pod(&mut node, &A, part((SERVICE, 53), 3, 200)), only(Outcome::Wire));
-    assert_eq!(from_pod(&mut node, &A, part((SERVICE, 53), 3, 0)), only(Outcome::Host));
+    assert_eq!(from_pod(&mut node, &A, part((SERVICE, 53), 3, 0)), only(Outcome::HostService));
     assert_eq!(from_pod(&mut node, &A, part((SERVICE, 53), 3, 200)), only(Outcome::Host));
     // And to the wire, for which nothing needs to be remembered.
     let before = node.fragments.len();
@@ -479,8 +484,8 @@ fn fragments_of_a_remembered_flow_follow_it() {
     let (client, server) = (([203, 0, 113, 7], 40_000), (A.ipv4, 53));
     from_host(&mut node, &A, Packet::udp(client, server));
     let part = |offset| Packet::udp(server, client).payload(1000).fragment(9, offset, offset == 0);
-    assert_eq!(from_pod(&mut node, &A, part(0)), only(Outcome::HostReply));
-    assert_eq!(from_pod(&mut node, &A, part(126)), only(Outcome::HostReply));
+    assert_eq!(from_pod(&mut node, &A, part(0)), only(Outcome::Host));
+    assert_eq!(from_pod(&mut node, &A, part(126)), only(Outcome::Host));
 
     // By the wire where the fast path would be the default: without a memory of the first, later ones take the wire too.
     let (client, server) = ((A.ipv4, 4000), (B.ipv4, 53));
@@ -915,7 +920,7 @@ proptest! {
                 Event::Replies => {
                     let packet = if connections { tcp(server, client, ACK) } else { Packet::udp(server, client) };
                     let outcome = match from_pod(&mut node, &B, packet).0 {
-                        Outcome::HostReply => Outcome::Host,
+                        Outcome::HostService => Outcome::Host,
                         outcome => outcome,
                     };
                     let allowed: Vec<Door> = match model.other {
@@ -964,7 +969,7 @@ fn the_node_of_the_tests() {
     let node = testing::node();
     assert_eq!(node.subeni(101), 1);
     assert_eq!(node.pod_by_ipv4(D.ipv4), 4);
-    assert_eq!(node.host_dst([10, 247, 3, 4]), 1);
+    assert_eq!(node.host_dst([10, 247, 3, 4]), 5);
     assert_eq!(node.host_dst([10, 248, 3, 4]), 0);
     let key = flow_key(&A, (REMOTE, 1), 2, 6);
     let mut changed = node.clone();

@@ -38,6 +38,8 @@ pub struct L4 {
     pub header_len: u32,
     /// What the packet is to its flow.
     pub role: Role,
+    /// Of ICMP errors: where the packet that the error is about was going. Routers report, too.
+    pub about: [u8; 4],
 }
 
 /// What a packet is to the flow it belongs to.
@@ -55,8 +57,15 @@ pub enum Role {
 
 impl L4 {
     /// No transport header.
-    pub const NONE: Self =
-        Self { src_port: 0, dst_port: 0, proto: 0, icmp_type: 0, header_len: 0, role: Role::Continues };
+    pub const NONE: Self = Self {
+        src_port: 0,
+        dst_port: 0,
+        proto: 0,
+        icmp_type: 0,
+        header_len: 0,
+        role: Role::Continues,
+        about: [0; 4],
+    };
 }
 
 /// Parses the transport header at `offset`.
@@ -102,8 +111,8 @@ fn icmp<F: Frame + ?Sized>(frame: &F, offset: usize) -> Result<L4, Outcome> {
             dst_port: identifier,
             proto: ICMP,
             icmp_type,
-            header_len: 0,
             role: Role::Either,
+            ..L4::NONE
         }),
         _ => Ok(L4 { proto: ICMP, icmp_type, role: Role::Either, ..L4::NONE }),
     }
@@ -115,11 +124,12 @@ fn reported<F: Frame + ?Sized>(frame: &F, offset: usize) -> L4 {
     let Some(inner) = frame.load::<Ipv4Hdr>(offset) else { return L4::NONE };
     let Some(len) = ipv4::header_len(&inner) else { return L4::NONE };
     let Some(start) = frame.load::<[u8; 8]>(offset + len) else { return L4::NONE };
-    match inner.proto {
+    let l4 = match inner.proto {
         TCP | UDP => ports([start[2], start[3], start[0], start[1]], inner.proto),
         ICMP => ports([start[4], start[5], start[4], start[5]], ICMP),
         proto => L4 { proto, ..L4::NONE },
-    }
+    };
+    L4 { about: inner.dst_addr, ..l4 }
 }
 
 #[inline(always)]

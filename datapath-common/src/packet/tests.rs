@@ -137,7 +137,7 @@ fn icmp_errors_speak_of_the_flow_they_are_about() {
     for icmp_type in [3, 4, 11, 12] {
         let error = l4_of(&Packet::icmp_error(icmp_type, B, A, &sent));
         assert_eq!((error.src_port, error.dst_port, error.proto), (53, 1111, 17));
-        assert_eq!((error.role, error.icmp_type), (Role::Reports, icmp_type));
+        assert_eq!((error.role, error.icmp_type, error.about), (Role::Reports, icmp_type, B));
     }
     let error = l4_of(&Packet::icmp_error(3, B, A, &Packet::tcp((A, 1), (B, 2), SYN).options(10)));
     assert_eq!((error.src_port, error.dst_port, error.proto), (2, 1, 6));

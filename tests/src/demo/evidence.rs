@@ -196,12 +196,7 @@ impl<'l> Watch<'l> {
         Self::new(lab.agent(&node.name)?, "(node)".to_owned(), direction, outcome)
     }
 
-    fn new(
-        agent: &'l Agent,
-        pod: String,
-        direction: &'static str,
-        outcome: &'static str,
-    ) -> Result<Self> {
+    fn new(agent: &'l Agent, pod: String, direction: &'static str, outcome: &'static str) -> Result<Self> {
         let before = agent.counter(&pod, direction, outcome)?;
         Ok(Self { agent, pod, direction, outcome, before })
     }

@@ -29,7 +29,8 @@ impl Rules {
     ///
     /// When `nft` is missing or refuses.
     pub fn install(node: &Node, address: Ipv4Addr, port: u16, pods: &[&Pod], source: Source) -> Result<Self> {
-        let targets: Vec<String> = pods.iter().enumerate().map(|(i, pod)| format!("{i} : {}", pod.ip)).collect();
+        let targets: Vec<String> =
+            pods.iter().enumerate().map(|(i, pod)| format!("{i} : {}", pod.ip)).collect();
         let (count, targets) = (pods.len(), targets.join(", "));
         let mut table = format!(
             "table ip {TABLE} {{ chain prerouting {{ type nat hook prerouting priority dstnat; \

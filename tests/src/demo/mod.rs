@@ -75,7 +75,11 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<bool> {
     }
     let down = Instant::now();
     let removed = lab.shutdown();
-    println!("\nremoved in {:.1} s; {:.1} s in all", down.elapsed().as_secs_f32(), start.elapsed().as_secs_f32());
+    println!(
+        "\nremoved in {:.1} s; {:.1} s in all",
+        down.elapsed().as_secs_f32(),
+        start.elapsed().as_secs_f32()
+    );
     let passed = result?;
     removed?;
     Ok(passed)

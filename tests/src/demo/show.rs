@@ -46,8 +46,12 @@ pub(super) fn headline(lab: &Lab, options: &Options, took: Duration) -> Result<(
 
 /// `kubectl get pod -o wide`, as far as there is something behind it.
 pub(super) fn pods(lab: &Lab) -> Result<()> {
-    let mut table =
-        Table::new(&[("NAME", Align::Left), ("READY", Align::Left), ("IP", Align::Left), ("NODE", Align::Left)]);
+    let mut table = Table::new(&[
+        ("NAME", Align::Left),
+        ("READY", Align::Left),
+        ("IP", Align::Left),
+        ("NODE", Align::Left),
+    ]);
     let known = agents_pods(lab)?;
     for pod in lab.pods() {
         // As a kubelet would have it: the network stands and the server answers.
@@ -65,8 +69,12 @@ pub(super) fn sub_enis(lab: &Lab) -> Result<()> {
     let known = agents_pods(lab)?;
     for node in lab.nodes() {
         println!("\nextended NIC of {}: eth1, {}, {}", node.ip, node.parent_ip, node.parent_mac);
-        let mut table =
-            Table::new(&[("VLAN", Align::Right), ("MAC", Align::Left), ("IP", Align::Left), ("POD", Align::Left)]);
+        let mut table = Table::new(&[
+            ("VLAN", Align::Right),
+            ("MAC", Align::Left),
+            ("IP", Align::Left),
+            ("POD", Align::Left),
+        ]);
         for (_, row) in known.iter().filter(|(name, _)| *name == node.name) {
             let vlan = row["vlan"].to_string();
             let pod = format!("{}/{}", text(row, "namespace"), text(row, "name"));
@@ -111,7 +119,13 @@ pub(super) fn counters(lab: &Lab) -> Result<()> {
     ]);
     for kind in ["forward", "remark", "drop"] {
         for ((_, outcome), [ingress, egress, bytes]) in sums.iter().filter(|((k, _), _)| k == kind) {
-            table.row([outcome.clone(), kind.into(), ingress.to_string(), egress.to_string(), bytes.to_string()]);
+            table.row([
+                outcome.clone(),
+                kind.into(),
+                ingress.to_string(),
+                egress.to_string(),
+                bytes.to_string(),
+            ]);
         }
     }
     print!("\n{}", table.render(""));
@@ -155,11 +169,7 @@ pub(super) fn check(line: &CheckLine) {
 
 fn latency(time: Duration) -> String {
     let micros = time.as_micros();
-    if micros < 10_000 {
-        format!("{micros} us")
-    } else {
-        format!("{:.1} ms", micros as f64 / 1000.0)
-    }
+    if micros < 10_000 { format!("{micros} us") } else { format!("{:.1} ms", micros as f64 / 1000.0) }
 }
 
 pub(super) fn result(report: &Report, all_ran: bool, took: Duration) {
@@ -186,7 +196,8 @@ pub(super) fn commands(lab: &Lab) -> Result<()> {
         println!("  {} curl http://{}/whoami", enter(&pod.netns), lab.vip()?);
     }
     heading("A node's view:");
-    let bin = crate::lab::agent::eniway_binary().map_or("eniway".to_owned(), |path| path.display().to_string());
+    let bin =
+        crate::lab::agent::eniway_binary().map_or("eniway".to_owned(), |path| path.display().to_string());
     for node in lab.nodes() {
         let Ok(agent) = lab.agent(&node.name) else { continue };
         let config = agent.config().display().to_string();
@@ -200,7 +211,11 @@ pub(super) fn commands(lab: &Lab) -> Result<()> {
     }
     heading("The fabric's view:");
     println!("  {} tcpdump -eni any", enter(lab.fabric().netns()));
-    println!("  {} curl http://{}/", enter(&lab.outside().netns), lab.pods().iter().find_map(|pod| pod.eip).map_or("EIP".to_owned(), |eip| eip.to_string()));
+    println!(
+        "  {} curl http://{}/",
+        enter(&lab.outside().netns),
+        lab.pods().iter().find_map(|pod| pod.eip).map_or("EIP".to_owned(), |eip| eip.to_string())
+    );
     heading("Logs, configurations and documents:");
     println!("  {}", lab.dir().display());
     Ok(())

@@ -33,7 +33,8 @@ impl Table {
 
     /// The table as lines, each with `indent` in front.
     pub fn render(&self, indent: &str) -> String {
-        let width = |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let width =
+            |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..self.align.len()).map(width).collect();
         let mut text = String::new();
         for row in &self.rows {
@@ -61,6 +62,9 @@ mod tests {
         let mut table = Table::new(&[("NAME", Align::Left), ("PACKETS", Align::Right)]);
         table.row(["example-1".to_owned(), "7".to_owned()]);
         table.row(["x".to_owned(), "12345678".to_owned()]);
-        assert_eq!(table.render("  "), "  NAME        PACKETS\n  example-1         7\n  x          12345678\n");
+        assert_eq!(
+            table.render("  "),
+            "  NAME        PACKETS\n  example-1         7\n  x          12345678\n"
+        );
     }
 }

@@ -36,7 +36,8 @@ pub(super) fn host_to_pod(c: &Cast<'_>) -> Result<Proof> {
     );
     Trail::between(c.lab, *whoami.remote.ip(), c.a.ip, port)?.none()?;
     let (there, back) = (to_pod.rose()?, from_pod.rose()?);
-    let detail = format!("{} saw {}; {there}+{back} packets host, none at the fabric", c.a.name, whoami.remote);
+    let detail =
+        format!("{} saw {}; {there}+{back} packets host, none at the fabric", c.a.name, whoami.remote);
     Ok(Proof { latency: response.elapsed, detail })
 }
 
@@ -60,7 +61,7 @@ pub(super) fn nodeport_local(c: &Cast<'_>) -> Result<Proof> {
     let port = c.lab.fresh_port();
     let client = SocketAddrV4::new(c.vm.ip, port);
     let to = SocketAddrV4::new(c.node.ip, NODE_PORT);
-    let back = Watch::pod(c.lab, c.a, "egress", "host-reply")?;
+    let back = Watch::pod(c.lab, c.a, "egress", "host")?;
     let (response, whoami) = ask(&c.vm.netns, to, port)?;
     expect_seen(&whoami, c.a, client)?;
     Trail::between(c.lab, c.vm.ip, c.a.ip, port)?.none()?;

@@ -98,6 +98,13 @@ pub(super) fn pod_to_internet(c: &Cast<'_>) -> Result<Proof> {
     // Without an elastic IP there is no way out.
     let refused = c.lab.fabric().count(Kind::NoEip)?;
     gets_nowhere(&c.near.netns, c.lab.fresh_port(), to, Duration::from_millis(200))?;
-    ensure!(c.lab.fabric().count(Kind::NoEip)? > refused, "the fabric did not refuse {} a way out", c.near.name);
-    Ok(Proof { latency, detail: format!("the server outside saw {wanted}; {} has no EIP and no way out", c.near.name) })
+    ensure!(
+        c.lab.fabric().count(Kind::NoEip)? > refused,
+        "the fabric did not refuse {} a way out",
+        c.near.name
+    );
+    Ok(Proof {
+        latency,
+        detail: format!("the server outside saw {wanted}; {} has no EIP and no way out", c.near.name),
+    })
 }

@@ -73,7 +73,8 @@ fn from_pod(
     dropped.exactly(count)?;
     let latency = start.elapsed();
     ears.heard_nothing(is_ours)?;
-    let detail = format!("{count} frames sent, {count} {reason} counted, none at the fabric or at {}", c.near.name);
+    let detail =
+        format!("{count} frames sent, {count} {reason} counted, none at the fabric or at {}", c.near.name);
     Ok(Proof { latency, detail })
 }
 
@@ -152,7 +153,8 @@ fn from_fabric(c: &Cast<'_>, reason: &'static str, frame: &Frame, pod: &Pod) -> 
     let latency = start.elapsed();
     ears.heard_nothing(is_marked)?;
     ensure!(host.seen().is_empty(), "the node's own stack saw it: {:?}", host.seen());
-    let detail = format!("{count} frames sent, {count} {reason} counted, none at a pod or in the node's stack");
+    let detail =
+        format!("{count} frames sent, {count} {reason} counted, none at a pod or in the node's stack");
     Ok(Proof { latency, detail })
 }
 

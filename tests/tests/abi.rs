@@ -1,0 +1,152 @@
+//! The layout that kernel programs, agents and pinned maps agree on, against the snapshot in `tests/abi.txt`.
+//! `ENIWAY_BLESS=1` writes the snapshot anew.
+
+use std::{
+    collections::BTreeSet,
+    env,
+    fmt::Write as _,
+    fs,
+    mem::{offset_of, size_of, size_of_val},
+};
+
+use datapath_common::abi::{
+    self, Counter, CounterRow, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin,
+    Outcome,
+    maps::{self, VipKey, host_dst},
+    outcome::OUTCOMES,
+};
+
+const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/abi.txt");
+
+/// Writes size and fields of a struct; does not compile when a field is left out.
+macro_rules! layout {
+    ($out:expr, $type:ident { $($field:ident),+ $(,)? }) => {{
+        fn sizes(it: &$type) -> Vec<usize> {
+            let $type { $($field),+ } = it;
+            vec![$(size_of_val($field)),+]
+        }
+        let offsets = [$((stringify!($field), offset_of!($type, $field))),+];
+        line($out, format_args!("struct {}: {} bytes", stringify!($type), size_of::<$type>()));
+        // SAFETY: only plain numbers and arrays of them: all zero is a value of each.
+        let zero: $type = unsafe { std::mem::zeroed() };
+        for ((name, offset), size) in offsets.into_iter().zip(sizes(&zero)) {
+            line($out, format_args!("struct {}.{name}: {size} at {offset}", stringify!($type)));
+        }
+    }};
+}
+
+fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
+    writeln!(out, "{text}").expect("a string takes all");
+}
+
+fn snapshot() -> String {
+    let mut text = format!("version {}\n", abi::VERSION);
+    let out = &mut text;
+    layout!(
+        out,
+        Endpoint {
+            owner,
+            id,
+            generation,
+            ifindex,
+            parent_ifindex,
+            policy_id,
+            flags,
+            ipv4,
+            gateway_ipv4,
+            ipv6,
+            gateway_ipv6,
+            mac,
+            wire_mac,
+            gateway_mac,
+            vid,
+            mtu,
+            parent,
+        }
+    );
+    layout!(out, FlowKey { id, remote, remote_port, local_port, proto, pad });
+    layout!(out, Flow { door, origin, pad, seen });
+    layout!(out, FragmentKey { src, dst, id, ident, proto, pad });
+    layout!(out, Fragment { door, pad });
+    layout!(out, VipKey { addr, port, proto, pad });
+    layout!(out, Counter { packets, bytes });
+    layout!(out, CounterRow { counters });
+    for map in maps::ALL {
+        line(out, format_args!("map {map}"));
+    }
+    for constant in [maps::FAST_PATH, maps::PARENT_INDEX, maps::XDP_REDIRECT] {
+        line(out, format_args!("constant {constant}"));
+    }
+    line(out, format_args!("SUBENI: {} VLANs of {} parents", maps::VLANS, maps::MAX_PARENTS));
+    line(
+        out,
+        format_args!(
+            "HOST_DST flags: host {}, deny {}, service {}",
+            host_dst::HOST,
+            host_dst::DENY,
+            host_dst::SERVICE
+        ),
+    );
+    line(out, format_args!("mark of a packet to a Service: {:#x}", maps::SERVICE_MARK));
+    for door in [Door::Wire, Door::Local, Door::Host] {
+        line(out, format_args!("door {}: {}", door as u8, door.name()));
+    }
+    for origin in [Origin::Inbound, Origin::HostForwarded] {
+        line(out, format_args!("origin {}: {origin:?}", origin as u8));
+    }
+    for direction in Direction::ALL {
+        line(
+            out,
+            format_args!(
+                "direction {}: {}, counters from {}",
+                direction as u8,
+                direction.name(),
+                direction as usize * OUTCOMES
+            ),
+        );
+    }
+    for outcome in Outcome::ALL {
+        line(out, format_args!("outcome {}: {} ({:?})", *outcome as u8, outcome.name(), outcome.kind()));
+    }
+    text
+}
+
+#[test]
+fn layout_is_as_released() {
+    let now = snapshot();
+    if env::var_os("ENIWAY_BLESS").is_some_and(|value| value == "1") {
+        fs::write(SNAPSHOT, &now).unwrap_or_else(|error| panic!("cannot write {SNAPSHOT}: {error}"));
+    }
+    let released = fs::read_to_string(SNAPSHOT)
+        .unwrap_or_else(|error| panic!("cannot read {SNAPSHOT}: {error}; ENIWAY_BLESS=1 writes it"));
+    if now == released {
+        return;
+    }
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+    let (old, new) = (lines(&released), lines(&now));
+    let mut difference = String::new();
+    for gone in old.difference(&new) {
+        line(&mut difference, format_args!("- {gone}"));
+    }
+    for added in new.difference(&old) {
+        line(&mut difference, format_args!("+ {added}"));
+    }
+    let same_version = released.lines().next() == now.lines().next();
+    // A further outcome takes a number that nobody used: older readers show it as a number.
+    let only_outcomes = old.difference(&new).next().is_none()
+        && new.difference(&old).all(|added| added.starts_with("outcome "));
+    let what_to_do = if same_version && !only_outcomes {
+        "raise datapath_common::abi::VERSION, then run this test with ENIWAY_BLESS=1"
+    } else {
+        "run this test with ENIWAY_BLESS=1 and commit tests/abi.txt"
+    };
+    panic!("the layout is not the one of tests/abi.txt: {what_to_do}\n{difference}");
+}
+
+/// Numbers are never used again: each one belongs to one outcome, and none stands in the place of another direction.
+#[test]
+fn outcomes_have_numbers_of_their_own() {
+    let numbers: BTreeSet<u8> = Outcome::ALL.iter().map(|outcome| *outcome as u8).collect();
+    assert_eq!(numbers.len(), Outcome::ALL.len());
+    assert!(numbers.iter().all(|number| usize::from(*number) < OUTCOMES && *number != 0));
+}
