@@ -155,7 +155,8 @@ fn attach_tcx(
             Err(error) => return Err(refused(error)),
         }
     }
-    let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+    // Before whatever else is attached: what another program redirects or accepts must have passed the checks.
+    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
     let id = program.attach_with_options(target.interface, hook.into(), options).map_err(&refused)?;
     let link = program.take_link(id).map_err(&refused)?;
     let link = FdLink::try_from(link).map_err(link_error("use", pin))?;

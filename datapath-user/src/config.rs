@@ -14,6 +14,9 @@ use crate::net::InterfaceName;
 /// Where the configuration is looked for when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/eniway/agent.toml";
 
+/// Flows that may be remembered at the most.
+pub const MAX_FLOWS: u32 = 1 << 24;
+
 /// Why a configuration is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -255,7 +258,7 @@ impl Config {
         // Ids and slots are array indexes: each array is allocated whole, whatever is used of it.
         for (key, value, range) in [
             ("limits.endpoints", self.limits.endpoints, 1..=32_768),
-            ("limits.flows", self.limits.flows, 1_024..=16_777_216),
+            ("limits.flows", self.limits.flows, 1_024..=MAX_FLOWS),
         ] {
             if !range.contains(&value) {
                 return says(key, format!("{value} is not between {} and {}", range.start(), range.end()));

@@ -186,6 +186,9 @@ impl Tables for LiveTables {
         if flags & host_dst::HOST != 0 {
             words.push("served by the node's stack");
         }
+        if flags & host_dst::SERVICE != 0 {
+            words.push("which translates it");
+        }
         if flags & host_dst::DENY != 0 {
             words.push("denied");
         }

@@ -12,12 +12,12 @@
 //!
 //! What the node's stack forwards with a pod's source (a pod's packet to a Service, once translated) must leave by
 //! the pod's parent, where it is tagged, and by no other interface of the node: the VPC would take it for spoofed.
-//! Replies to what came in by the stack (a node port) go back as they came; `pod_egress` marks them.
+//! `pod_egress` marks those packets. Replies to what came in by the stack (a node port) have a pod's source, too, until
+//! the stack has translated it back, which is after routing; they go back by the node's own routes.
 //!
 //! ```text
-//!   2099: from <subnet> fwmark 0x1000/0x1000 lookup main         replies, routed before their source is translated back
-//!   2100: from <subnet> lookup main suppress_prefixlength 31     pods of this node: routes to single addresses
-//!   2101: from <subnet> lookup 2100                              default via <gateway> dev <parent> onlink
+//!   2100: from <subnet> fwmark 0x1000/0x1000 lookup main suppress_prefixlength 31     routes to this node's pods
+//!   2101: from <subnet> fwmark 0x1000/0x1000 lookup 2100     default via <gateway> dev <parent> onlink
 //! ```
 //!
 //! A further subnet whose gateway or parent is another takes the next free table. Everything is found again in the
@@ -29,7 +29,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use datapath_common::abi::maps::HOST_REPLY_MARK;
+use datapath_common::abi::maps::SERVICE_MARK;
 use ipnet::Ipv4Net;
 
 use crate::{
@@ -201,16 +201,14 @@ pub struct Prepared {
     pub changes: Vec<String>,
 }
 
-/// Priority of the rule that lets replies to what came in by the node's stack leave by the node's own routes.
-const RULE_REPLY: u32 = 2099;
-/// Priority of the rule that sends packets with a pod's source to the routes of this node first.
+/// Priority of the rule that sends a pod's packets to Services to the routes of this node's pods first.
 const RULE_MAIN: u32 = 2100;
-/// Priority of the rule that sends the rest to the parent.
+/// Priority of the rule that sends the rest of them to the parent.
 const RULE_PARENT: u32 = 2101;
 /// The first table of those with a default route by a parent, and how many there may be.
 const TABLES: std::ops::Range<u32> = 2100..2164;
 
-/// Wires a pod, or finds that it is wired, and repairs what is missing.
+/// Wires a pod, or finds that it is wired, and repairs what is missing. A new host side stays down until [`open`].
 pub async fn wire(spec: &PodSpec) -> Result<Wired, WiringError> {
     check_name(&spec.interface)?;
     spec.host_interface.as_deref().map_or(Ok(()), check_name)?;
@@ -415,11 +413,19 @@ async fn wire_host_side(netlink: &Netlink, spec: &PodSpec, host: &Link) -> Resul
         mac: Some(spec.gateway_mac),
         mtu: Some(u32::from(spec.mtu)),
         alias: is_own_name(name).then(|| alias(spec)),
-        up: true,
+        up: false,
     };
-    netlink.change_link(host, change).await?;
-    netlink.set_neighbour(host, spec.ipv4, spec.mac).await?;
-    Ok(netlink.add_link_route(spec.ipv4.into(), host, Existing::Replace).await?)
+    Ok(netlink.change_link(host, change).await?)
+}
+
+/// Lets a wired pod speak: sets the host side up, with the node's route to the pod. Not before the programs are attached:
+/// until then whatever the pod sends would reach the node's stack. Idempotent.
+pub async fn open(spec: &PodSpec, host_interface: &str) -> Result<(), WiringError> {
+    let netlink = Netlink::open()?;
+    let host = netlink.link(host_interface).await?;
+    netlink.change_link(&host, LinkChange { up: true, ..LinkChange::default() }).await?;
+    netlink.set_neighbour(&host, spec.ipv4, spec.mac).await?;
+    Ok(netlink.add_link_route(spec.ipv4.into(), &host, Existing::Replace).await?)
 }
 
 fn set_all(settings: &[(sysctl::Key<'_>, &str)]) -> Result<(), SysctlError> {
@@ -504,13 +510,9 @@ async fn route_by_parent(
     Ok(changes)
 }
 
-fn rules(source: Ipv4Net, table: u32) -> [SourceRule; 3] {
-    let plain = SourceRule { priority: RULE_PARENT, source, table, suppress: None, mark: 0 };
-    [
-        SourceRule { priority: RULE_REPLY, table: MAIN, mark: HOST_REPLY_MARK, ..plain },
-        SourceRule { priority: RULE_MAIN, table: MAIN, suppress: Some(31), ..plain },
-        plain,
-    ]
+fn rules(source: Ipv4Net, table: u32) -> [SourceRule; 2] {
+    let parent = SourceRule { priority: RULE_PARENT, source, table, suppress: None, mark: SERVICE_MARK };
+    [SourceRule { priority: RULE_MAIN, table: MAIN, suppress: Some(31), ..parent }, parent]
 }
 
 /// The table that has this default route already, or the first free one.
@@ -548,14 +550,13 @@ async fn remove_rules(
     let leading = rules.iter().filter(|rule| rule.priority == RULE_PARENT && tables.contains(&rule.table));
     for rule in leading.filter(|rule| !spared(rule)) {
         netlink.delete_rule(*rule).await?;
-        let [reply, main, _] = self::rules(rule.source, rule.table);
+        let [main, _] = self::rules(rule.source, rule.table);
         let shared = kept.contains(&main)
             || rules.iter().any(|other| {
                 other.priority == RULE_PARENT && other.source == rule.source && other.table != rule.table
             });
         if !shared {
             netlink.delete_rule(main).await?;
-            netlink.delete_rule(reply).await?;
         }
     }
     Ok(())
@@ -586,9 +587,8 @@ async fn remove_dead_rules(netlink: &Netlink) -> Result<(), WiringError> {
     for rule in parent_rules().filter(|rule| TABLES.contains(&rule.table) && !alive(rule)) {
         netlink.delete_rule(*rule).await?;
         if !parent_rules().any(|other| other.source == rule.source && alive(other)) {
-            let [reply, main, _] = self::rules(rule.source, rule.table);
+            let [main, _] = self::rules(rule.source, rule.table);
             netlink.delete_rule(main).await?;
-            netlink.delete_rule(reply).await?;
         }
     }
     Ok(())
@@ -702,11 +702,14 @@ mod tests {
             assert!(!first.adopted);
             assert_eq!(first.host_interface, host_interface_name("c0ffee", "eth0"));
 
+            let netlink = Netlink::open().unwrap();
+            assert!(!netlink.link(&first.host_interface).await.unwrap().up, "nothing guards it yet");
+            open(&spec, &first.host_interface).await.unwrap();
+
             let again = wire(&spec).await.unwrap();
             assert!(again.adopted);
             assert_eq!((again.ifindex, &again.host_interface), (first.ifindex, &first.host_interface));
 
-            let netlink = Netlink::open().unwrap();
             let host = netlink.link(&first.host_interface).await.unwrap();
             assert_eq!((host.mac, host.mtu, host.up), (Some(MAC_OF_GATEWAY), 1450, true));
             assert_eq!(host.alias.as_deref(), Some("eniway eth0 c0ffee"));
@@ -843,7 +846,7 @@ mod tests {
             prepare_parent(&two).await.unwrap();
             prepare_parent(&one).await.unwrap();
             let rules = netlink.source_rules().await.unwrap();
-            assert_eq!(rules.len(), 9, "{rules:?}");
+            assert_eq!(rules.len(), 6, "{rules:?}");
             let mut tables: Vec<_> =
                 netlink.own_default_routes().await.unwrap().iter().map(|route| route.table).collect();
             tables.sort_unstable();
@@ -854,10 +857,10 @@ mod tests {
             prepare_parent(&ParentSpec { gateways: vec![], ..one.clone() }).await.unwrap();
             let rules = netlink.source_rules().await.unwrap();
             assert!(rules.iter().all(|rule| rule.source != a), "{rules:?}");
-            assert_eq!(rules.len(), 6);
+            assert_eq!(rules.len(), 4);
 
             restore_parent("eth1").await.unwrap();
-            assert_eq!(netlink.source_rules().await.unwrap().len(), 3);
+            assert_eq!(netlink.source_rules().await.unwrap().len(), 2);
             // Taken away: its route is gone, the rules are not.
             let eth2 = netlink.link("eth2").await.unwrap();
             netlink.delete_link(&eth2).await.unwrap();

@@ -179,6 +179,15 @@ impl Node {
         }
     }
 
+    /// The name of the host side of a pod's veth. The agent's status knows it, whatever namespace this runs in.
+    pub fn host_interface(&self, pod: &Endpoint) -> String {
+        let known = self.pods().iter().find(|status| status.id == Some(pod.id));
+        match known.and_then(|status| status.host_interface.clone()) {
+            Some(name) => name,
+            None => interface(pod.ifindex),
+        }
+    }
+
     /// The pinned maps.
     ///
     /// # Errors

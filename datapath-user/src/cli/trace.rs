@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use datapath_common::{
     abi::{
         Endpoint, Outcome,
-        maps::{HOST_REPLY_MARK, host_dst},
+        maps::{SERVICE_MARK, host_dst},
     },
     decide::{Decision, eni_ingress, pod_egress, pod_ingress},
     packet::{
@@ -24,7 +24,7 @@ use serde::Serialize;
 use super::{
     CliError, Node, Target,
     counters::{kind, meaning},
-    full_name, interface, print, print_json,
+    full_name, print, print_json,
 };
 use crate::{
     live::{LiveTables, Step},
@@ -392,21 +392,19 @@ impl<'a> Trace<'a> {
                 let (src, dst) = (Mac(pod.gateway_mac), Mac(to.mac));
                 (format!("straight into {}, from {src} to {dst}", self.tables.name(to.id)), None)
             }
-            (Outcome::Host, _) => {
+            (Outcome::Host, _) => ("to the node's stack".to_owned(), None),
+            (Outcome::HostService, _) => {
                 let parent = self.node.parent_name(pod);
                 let then = format!(
-                    "to the node's stack; what that forwards out of {parent} with this source leaves on VLAN {}",
+                    "to the node's stack, marked {SERVICE_MARK:#x}: what that forwards out of {parent} with this source \
+                     leaves on VLAN {}",
                     pod.vid
                 );
                 (then, None)
             }
-            (Outcome::HostReply, _) => (
-                format!("to the node's stack, marked {HOST_REPLY_MARK:#x}: it came in there, and leaves by the node's own routes"),
-                None,
-            ),
             _ => (ends(&decision), None),
         };
-        let place = format!("{}, what {name} sends", interface(pod.ifindex));
+        let place = format!("{}, what {name} sends", self.node.host_interface(pod));
         self.leg("pod_egress", place, packet, &decision, action, wire)?;
         Ok(decision)
     }
@@ -436,7 +434,7 @@ impl<'a> Trace<'a> {
             Outcome::Host => format!("on to {name}"),
             _ => ends(&decision),
         };
-        let place = format!("{}, what the node's stack sends to {name}", interface(pod.ifindex));
+        let place = format!("{}, what the node's stack sends to {name}", self.node.host_interface(pod));
         self.leg("pod_ingress", place, packet, &decision, action, None)?;
         Ok(decision.outcome == Outcome::Host)
     }

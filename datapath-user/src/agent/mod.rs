@@ -3,6 +3,8 @@
 //! It starts by finding out whether it can run at all, and changes nothing until it knows. It finds its state in the
 //! kernel and applies differences. It ends without undoing anything.
 
+mod parent;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
@@ -15,7 +17,7 @@ use std::{
 use aya::Ebpf;
 use datapath_common::abi::{
     Endpoint,
-    maps::{self, MAX_PARENTS, host_dst},
+    maps::{self, host_dst},
 };
 use ipnet::Ipv4Net;
 use tokio::{
@@ -23,11 +25,11 @@ use tokio::{
     time::{self, MissedTickBehavior},
 };
 
+use self::parent::Parent;
 use crate::{
-    attach::{self, AttachError, Attached, Target},
+    attach::{self, AttachError, Target},
     config::{self, Config, Metadata, Source, Xdp},
     detach,
-    ethtool::{self, Offload},
     feature::{self, FeatureError, TcKind},
     lock::{self, Lock, LockError},
     net,
@@ -39,9 +41,9 @@ use crate::{
         Pod, Snapshot, State,
         file::{self, FileSource, SourceError},
     },
-    status::{ParentStatus, PodStatus, Status, StatusError},
+    status::{PodStatus, Status, StatusError},
     tables::{GRACE, Live, Maps, Tables, TablesError},
-    wiring::{self, ParentSpec, PodSpec, WiringError},
+    wiring::{self, PodSpec, WiringError},
 };
 
 /// The cloud's metadata service.
@@ -179,28 +181,6 @@ fn confirmation(run_dir: &Path) -> PathBuf {
     run_dir.join("confirm")
 }
 
-/// A parent ENI with its programs.
-struct Parent {
-    config: config::Parent,
-    index: u16,
-    /// `None` while the interface is away.
-    ifindex: Option<u32>,
-    ebpf: Ebpf,
-    xdp_mode: &'static str,
-    /// Why XDP does not run as configured.
-    xdp_note: Option<String>,
-    /// What is wrong with the node's settings for it.
-    settings_note: Option<String>,
-    /// What was changed in the node's settings for it.
-    changes: Vec<String>,
-}
-
-impl Parent {
-    fn name(&self) -> &str {
-        self.config.interface.as_str()
-    }
-}
-
 /// A snapshot that waits for confirmation.
 struct Held {
     id: String,
@@ -223,6 +203,8 @@ struct Agent {
     unreadable: bool,
     /// Host-side interfaces by owner, of pods that were wired or checked since the start.
     wired: BTreeMap<u64, String>,
+    /// Owners whose pods are wired and may not speak yet.
+    closed: BTreeSet<u64>,
     /// Why pods are not as asked, by owner.
     faults: BTreeMap<u64, String>,
     addresses: Vec<IpAddr>,
@@ -241,7 +223,7 @@ impl Agent {
         feature::check_privileges()?;
         let run_lock = lock::lock_run_dir(&config.run_dir)?;
         let kind = feature::probe()?;
-        parent_ifindexes(&config)?;
+        parent::ifindexes(&config)?;
         let pins = Pins::new(&config.pin_dir);
         let fresh = !pins.map(maps::ENDPOINT).exists();
         let mut source = FileSource::new(&path);
@@ -276,7 +258,7 @@ impl Agent {
         source: FileSource,
         locks: [Lock; 2],
     ) -> Result<Self, AgentError> {
-        let ifindexes = parent_ifindexes(&config)?;
+        let ifindexes = parent::ifindexes(&config)?;
 
         // The kernel's verifier passes everything before anything is attached.
         let constants = Constants { fast_path: config.fast_path, parent: 0, xdp: Xdp::Off };
@@ -284,12 +266,12 @@ impl Agent {
         object::tc(&mut pods, program::POD_EGRESS)?;
         object::tc(&mut pods, program::POD_INGRESS)?;
         let mut tables = Tables::new(Maps::open(&pins)?)?;
-        let indexes = parent_indexes(&ifindexes, tables.pods());
+        let indexes = parent::numbers(&ifindexes, tables.pods());
         let parents = config
             .parents
             .iter()
             .zip(ifindexes.iter().zip(indexes))
-            .map(|(parent, (ifindex, index))| load_parent(&config, parent, *ifindex, index, &pins))
+            .map(|(parent, (ifindex, index))| Parent::load(&config, parent, *ifindex, index, &pins))
             .collect::<Result<Vec<_>, _>>()?;
 
         let swept = tables.sweep()?;
@@ -317,6 +299,7 @@ impl Agent {
             held: None,
             unreadable: false,
             wired: BTreeMap::new(),
+            closed: BTreeSet::new(),
             faults: BTreeMap::new(),
             addresses,
             ticks: 0,
@@ -331,20 +314,17 @@ impl Agent {
     }
 
     /// XDP comes first: it alone may find that the interface cannot do it, and then nothing else was touched.
-    fn attach_parents(&mut self) -> Result<(), AttachError> {
+    fn attach_parents(&mut self) -> Result<(), AgentError> {
         let mut created = Vec::new();
-        let Self { parents, pins, .. } = self;
-        let attached = parents.iter_mut().try_for_each(|parent| attach_xdp(parent, pins, &mut created));
+        let Self { parents, pins, kind, .. } = self;
+        let attached = parents.iter_mut().try_for_each(|parent| parent.attach_xdp(pins, &mut created));
         if let Err(error) = attached {
             for pin in created {
                 let _ = pins.remove(&pin);
             }
-            return Err(error);
+            return Err(error.into());
         }
-        for parent in parents {
-            attach_parent_tc(parent, pins, self.kind)?;
-        }
-        Ok(())
+        parents.iter_mut().try_for_each(|parent| parent.attach_tc(pins, *kind))
     }
 
     /// Pods that an earlier agent programmed get the programs of this one, whatever the source says or does not say.
@@ -386,7 +366,11 @@ impl Agent {
         self.look_for_confirmation().await;
         if self.ticks.is_multiple_of(CHECK_TICKS) {
             self.check_addresses().await;
-            let moved = self.check_parents();
+            let Self { parents, pins, kind, .. } = self;
+            let mut moved = false;
+            for parent in parents {
+                moved |= parent.follow(pins, *kind);
+            }
             if moved || !self.faults.is_empty() || self.lost_pods() {
                 self.reconcile().await;
             }
@@ -395,7 +379,8 @@ impl Agent {
             if let Some(snapshot) = self.snapshot.clone() {
                 self.prepare_parents(&snapshot).await;
             }
-            self.recheck_xdp();
+            let Self { parents, pins, .. } = self;
+            parents.iter_mut().for_each(|parent| parent.recheck_xdp(pins));
         }
     }
 
@@ -535,7 +520,7 @@ impl Agent {
         let wanted = self.wanted(&snapshot);
         let moving: BTreeSet<u64> = plan.put.iter().copied().collect();
         for owner in in_order(&snapshot, &plan) {
-            match self.program(&wanted[&owner], &moving).await {
+            match self.program(pods[&owner], &wanted[&owner], &moving).await {
                 Ok(changes) => operations += changes,
                 Err(error) => {
                     self.faults.insert(owner, error.to_string());
@@ -568,11 +553,16 @@ impl Agent {
         }
     }
 
-    /// Takes a pod away: first no packet finds it, then its veth goes, and only then the programs on it.
+    /// Takes a pod away: first no packet finds it, then its interface goes.
     async fn release(&mut self, owner: u64) -> Result<(), AgentError> {
         let Some(live) = self.tables.release(owner)? else { return Ok(()) };
         self.wired.remove(&owner);
-        let ifindex = live.record.ifindex;
+        self.take_down(live.record.ifindex).await
+    }
+
+    /// Removes a veth that the agent made, and only then its programs: without them it would be open to the host's
+    /// stack.
+    async fn take_down(&self, ifindex: u32) -> Result<(), AgentError> {
         if let Some(interface) = net::ifname(ifindex)
             && let Err(error) = wiring::unwire(&interface).await
         {
@@ -599,26 +589,33 @@ impl Agent {
         let wired = wiring::wire(&pod_spec(pod)).await?;
         log::debug!("pod {} is wired by {}", pod.full_name(), wired.host_interface);
         self.wired.insert(owner, wired.host_interface);
+        self.closed.insert(owner);
         Ok(())
     }
 
-    /// Attaches the programs of a wired pod and writes its record. Returns how much changed.
-    async fn program(&mut self, record: &Endpoint, moving: &BTreeSet<u64>) -> Result<usize, AgentError> {
+    /// Attaches the programs of a wired pod, writes its record, and lets it speak. Returns how much changed.
+    async fn program(
+        &mut self,
+        pod: &Pod,
+        record: &Endpoint,
+        moving: &BTreeSet<u64>,
+    ) -> Result<usize, AgentError> {
         let owner = record.owner;
         // Wired a moment ago, or it would be stuck; if it went away since, the next check finds it.
         let Some(interface) = self.wired.get(&owner).cloned() else { return Ok(0) };
         let Some(ifindex) = net::ifindex(&interface) else { return Ok(0) };
         let record = Endpoint { ifindex, ..*record };
         let before = self.tables.pod(owner).copied();
-        if before.is_none_or(|live| live.record.ifindex != ifindex) || !self.is_attached(ifindex) {
-            if let Err(error) = self.attach_pod(&interface, ifindex) {
-                // Without its programs the interface would be open to the host's stack.
-                if before.is_none() {
-                    self.wired.remove(&owner);
-                    wiring::unwire(&interface).await?;
-                }
-                return Err(error);
+        let moved = before.is_none_or(|live| live.record.ifindex != ifindex);
+        if (moved || !self.is_attached(ifindex))
+            && let Err(error) = self.attach_pod(&interface, ifindex)
+        {
+            // Without its programs the interface would be open to the host's stack.
+            if before.is_none() {
+                self.wired.remove(&owner);
+                wiring::unwire(&interface).await?;
             }
+            return Err(error);
         }
         let among = |owner| moving.contains(&owner);
         let put = match self.tables.put_among(&record, &among) {
@@ -630,6 +627,10 @@ impl Agent {
         };
         if let Some(before) = before.filter(|live| live.record.ifindex != ifindex) {
             self.detach_pod(before.record.ifindex)?;
+        }
+        if self.closed.contains(&owner) {
+            wiring::open(&pod_spec(pod), &interface).await?;
+            self.closed.remove(&owner);
         }
         Ok(put.changes)
     }
@@ -668,74 +669,9 @@ impl Agent {
         }
     }
 
-    /// Follows parents that went away or came back, as another interface of the same name. Returns whether one did.
-    fn check_parents(&mut self) -> bool {
-        let mut moved = false;
-        let Self { parents, pins, kind, .. } = self;
-        for parent in parents {
-            let ifindex = net::ifindex(parent.name());
-            if ifindex == parent.ifindex {
-                continue;
-            }
-            moved = true;
-            parent.ifindex = ifindex;
-            if ifindex.is_none() {
-                log::error!("parent ENI {} is gone; its pods wait for it", parent.name());
-                continue;
-            }
-            log::warn!("parent ENI {} is another interface now", parent.name());
-            let attached = attach_xdp(parent, pins, &mut Vec::new())
-                .and_then(|()| attach_parent_tc(parent, pins, *kind));
-            if let Err(error) = attached {
-                log::error!("{error}");
-                // Tried again at the next check.
-                parent.ifindex = None;
-            }
-        }
-        moved
-    }
-
-    /// Another program may have turned the VLAN offload on again, which takes the tag from XDP's sight.
-    fn recheck_xdp(&mut self) {
-        let Self { parents, pins, .. } = self;
-        for parent in parents.iter_mut().filter(|p| p.config.xdp != Xdp::Off && p.ifindex.is_some()) {
-            let running = parent.xdp_mode != OFF;
-            let off = rxvlan_off(parent.name());
-            if off.is_ok() != running
-                && let Err(error) = attach_xdp(parent, pins, &mut Vec::new())
-            {
-                log::error!("{error}");
-            }
-        }
-    }
-
     async fn prepare_parents(&mut self, snapshot: &Snapshot) {
         for parent in &mut self.parents {
-            if parent.ifindex.is_none() {
-                continue;
-            }
-            let mut gateways: Vec<_> = snapshot
-                .pods
-                .iter()
-                .filter(|pod| pod.is_wanted() && pod.parent == parent.config.interface)
-                .map(|pod| (pod.subnet, pod.gateway, pod.gateway_mac.0))
-                .collect();
-            gateways.sort_unstable();
-            gateways.dedup();
-            let spec = ParentSpec { interface: parent.name().to_owned(), gateways };
-            let note = match wiring::prepare_parent(&spec).await {
-                Ok(prepared) => {
-                    parent.changes = prepared.changes;
-                    None
-                }
-                Err(error) => Some(error.to_string()),
-            };
-            if let Some(note) = &note
-                && parent.settings_note.as_ref() != Some(note)
-            {
-                log::error!("parent ENI {}: {note}", parent.name());
-            }
-            parent.settings_note = note;
+            parent.prepare(snapshot).await;
         }
     }
 
@@ -749,7 +685,7 @@ impl Agent {
             (Err(error), _) | (_, Err(error)) => return log::error!("{error}"),
         };
         for ifindex in pods.into_iter().filter(|ifindex| !live.contains(ifindex)) {
-            if let Err(error) = self.detach_pod(ifindex) {
+            if let Err(error) = self.take_down(ifindex).await {
                 log::error!("{error}");
             }
         }
@@ -769,7 +705,7 @@ impl Agent {
 
     /// Writes the status file, if it would say something new.
     fn report(&mut self) {
-        self.status.parents = self.parents.iter().map(|parent| self.parent_status(parent)).collect();
+        self.status.parents = self.parents.iter().map(|parent| parent.status(self.kind)).collect();
         self.status.node_changes =
             self.parents.iter().flat_map(|parent| parent.changes.iter().cloned()).collect();
         if let Some(snapshot) = &self.snapshot {
@@ -782,22 +718,6 @@ impl Agent {
         match self.status.write(&self.config.run_dir) {
             Ok(()) => self.written = Some(self.status.clone()),
             Err(error) => log::error!("{error}"),
-        }
-    }
-
-    fn parent_status(&self, parent: &Parent) -> ParentStatus {
-        let gone = parent.ifindex.is_none().then(|| "the interface is gone".to_owned());
-        ParentStatus {
-            interface: parent.name().to_owned(),
-            index: parent.index,
-            ifindex: parent.ifindex.unwrap_or(0),
-            xdp_wanted: parent.config.xdp.name().to_owned(),
-            xdp_mode: parent.xdp_mode.to_owned(),
-            tc: self.kind.name().to_owned(),
-            notes: [gone, parent.xdp_note.clone(), parent.settings_note.clone()]
-                .into_iter()
-                .flatten()
-                .collect(),
         }
     }
 
@@ -856,123 +776,6 @@ fn read_snapshot(source: &mut FileSource, config: &Config) -> Result<Option<Snap
     file::parse(&text, &parents).map(Some).map_err(document)
 }
 
-fn parent_ifindexes(config: &Config) -> Result<Vec<u32>, AgentError> {
-    let parents = config.parents.iter().map(|parent| {
-        let interface = parent.interface.as_str();
-        net::ifindex(interface).ok_or_else(|| AgentError::NoParent { interface: interface.to_owned() })
-    });
-    parents.collect()
-}
-
-fn load_parent(
-    config: &Config,
-    parent: &config::Parent,
-    ifindex: u32,
-    index: u16,
-    pins: &Pins,
-) -> Result<Parent, ObjectError> {
-    let constants = Constants { fast_path: config.fast_path, parent: index, xdp: parent.xdp };
-    let mut ebpf = object::open(constants, &config.limits, Some(pins))?;
-    object::tc(&mut ebpf, program::ENI_INGRESS)?;
-    object::tc(&mut ebpf, program::ENI_EGRESS)?;
-    if parent.xdp != Xdp::Off {
-        object::xdp(&mut ebpf, program::ENI_XDP)?;
-    }
-    Ok(Parent {
-        config: parent.clone(),
-        index,
-        ifindex: Some(ifindex),
-        ebpf,
-        xdp_mode: OFF,
-        xdp_note: None,
-        settings_note: None,
-        changes: Vec::new(),
-    })
-}
-
-const OFF: &str = "off";
-
-/// Brings XDP on a parent to what is configured, or, where the tag would not reach it, to nothing.
-fn attach_xdp(parent: &mut Parent, pins: &Pins, created: &mut Vec<PathBuf>) -> Result<(), AttachError> {
-    let interface = parent.config.interface.to_string();
-    let generic = parent.config.generic_xdp;
-    let Some(ifindex) = parent.ifindex else { return Ok(()) };
-    parent.xdp_note = None;
-    let wanted = parent.config.xdp != Xdp::Off;
-    let hidden = if wanted { rxvlan_off(&interface).err() } else { None };
-    if !wanted || hidden.is_some() {
-        for generic in [false, true] {
-            pins.remove(&pins.parent_xdp(&interface, generic))?;
-        }
-        parent.xdp_mode = OFF;
-        if let Some(note) = &hidden {
-            log::warn!("parent ENI {interface}: {note}");
-        }
-        parent.xdp_note = hidden;
-        return Ok(());
-    }
-    // The kernel takes one mode at a time. Meanwhile tc checks the same.
-    pins.remove(&pins.parent_xdp(&interface, !generic))?;
-    let pin = pins.parent_xdp(&interface, generic);
-    let program = object::xdp(&mut parent.ebpf, program::ENI_XDP).map_err(|error| AttachError::Xdp {
-        interface: interface.clone(),
-        source: io::Error::other(error),
-    })?;
-    if attach::attach_xdp(program, Target { interface: &interface, ifindex }, generic, &pin)?
-        == Attached::Created
-    {
-        created.push(pin);
-    }
-    parent.xdp_mode = if generic { "generic" } else { "native" };
-    Ok(())
-}
-
-/// Turns the VLAN offload off, or says why XDP has to do without.
-fn rxvlan_off(interface: &str) -> Result<(), String> {
-    match ethtool::set(interface, Offload::RxVlan, false) {
-        Ok(false) => Ok(()),
-        Ok(true) => Err("rxvlan stays on, which hides the VLAN tag from XDP: tc does all".to_owned()),
-        Err(error) => Err(format!("{error}; XDP would not see the VLAN tag: tc does all")),
-    }
-}
-
-fn attach_parent_tc(parent: &mut Parent, pins: &Pins, kind: TcKind) -> Result<(), AttachError> {
-    let interface = parent.config.interface.to_string();
-    let Some(ifindex) = parent.ifindex else { return Ok(()) };
-    let target = Target { interface: &interface, ifindex };
-    for (name, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
-        let program = object::tc(&mut parent.ebpf, name).map_err(|error| AttachError::Xdp {
-            interface: interface.clone(),
-            source: io::Error::other(error),
-        })?;
-        attach::attach_tc(kind, program, name, target, hook, &pins.parent_tc(&interface, hook))?;
-    }
-    Ok(())
-}
-
-/// Numbers of the parents: those that live records know them by, else the lowest that no record uses.
-fn parent_indexes<'a>(ifindexes: &[u32], pods: impl Iterator<Item = &'a Live>) -> Vec<u16> {
-    let known: BTreeMap<u32, u16> = pods.map(|pod| (pod.record.parent_ifindex, pod.record.parent)).collect();
-    let mut taken: BTreeSet<u16> = known.values().copied().collect();
-    let mut given = BTreeSet::new();
-    let mut indexes: Vec<Option<u16>> = ifindexes
-        .iter()
-        .map(|ifindex| known.get(ifindex).copied().filter(|index| given.insert(*index)))
-        .collect();
-    for index in indexes.iter_mut().filter(|index| index.is_none()) {
-        let all = || 0..MAX_PARENTS as u16;
-        // Records of parents that are gone give way when there is no other.
-        let free = all()
-            .find(|index| !taken.contains(index) && !given.contains(index))
-            .or_else(|| all().find(|index| !given.contains(index)));
-        *index = free.inspect(|free| {
-            taken.insert(*free);
-            given.insert(*free);
-        });
-    }
-    indexes.into_iter().map(Option::unwrap_or_default).collect()
-}
-
 /// Destinations that are not left to the wire.
 fn host_dsts(host: &config::Host, addresses: &[IpAddr]) -> BTreeMap<Ipv4Net, u32> {
     // kube-proxy may give the node every Service's address: one prefix is enough for them.
@@ -982,8 +785,9 @@ fn host_dsts(host: &config::Host, addresses: &[IpAddr]) -> BTreeMap<Ipv4Net, u32
         }
         _ => None,
     });
-    let mut all: BTreeMap<Ipv4Net, u32> =
-        own.chain(host.prefixes.iter().copied()).map(|prefix| (prefix, host_dst::HOST)).collect();
+    let own = own.map(|address| (address, host_dst::HOST));
+    let services = host.prefixes.iter().map(|prefix| (*prefix, host_dst::HOST | host_dst::SERVICE));
+    let mut all: BTreeMap<Ipv4Net, u32> = own.chain(services).collect();
     match host.metadata {
         Metadata::Deny => all.insert(METADATA.into(), host_dst::DENY),
         Metadata::Host => all.insert(METADATA.into(), host_dst::HOST),
@@ -1017,24 +821,6 @@ fn unix_seconds() -> u64 {
 mod tests {
     use super::*;
 
-    fn live(parent: u16, parent_ifindex: u32) -> Live {
-        Live { slot: 1, record: Endpoint { parent, parent_ifindex, ..Endpoint::ZERO }, missing: 0 }
-    }
-
-    #[test]
-    fn parents_keep_the_numbers_that_records_know() {
-        let pods = [live(1, 7), live(0, 5)];
-        assert_eq!(parent_indexes(&[7, 5], pods.iter()), [1, 0]);
-        assert_eq!(parent_indexes(&[9, 5], pods.iter()), [2, 0]);
-        assert_eq!(parent_indexes(&[9, 8], [].iter()), [0, 1]);
-    }
-
-    #[test]
-    fn numbers_of_lost_parents_are_given_when_there_is_no_other() {
-        let pods: Vec<_> = (0..8).map(|i| live(i, 100 + u32::from(i))).collect();
-        assert_eq!(parent_indexes(&[103, 9], pods.iter()), [3, 0]);
-    }
-
     #[test]
     fn the_host_serves_its_own_addresses_and_what_is_configured() {
         let addresses = ["10.1.0.167", "fe80::1", "10.247.0.10"].map(|address| address.parse().unwrap());
@@ -1045,7 +831,7 @@ mod tests {
             let host = config::Host { prefixes: prefixes.clone(), metadata };
             let expected: BTreeMap<Ipv4Net, u32> = [
                 ("10.1.0.167/32", host_dst::HOST),
-                ("10.247.0.0/16", host_dst::HOST),
+                ("10.247.0.0/16", host_dst::HOST | host_dst::SERVICE),
                 ("169.254.169.254/32", flags),
             ]
             .into_iter()

@@ -1,0 +1,264 @@
+//! A parent ENI: its programs, its settings, its number in the tables.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::PathBuf,
+};
+
+use aya::Ebpf;
+use datapath_common::abi::maps::MAX_PARENTS;
+
+use super::AgentError;
+use crate::{
+    attach::{self, AttachError, Attached, Target},
+    config::{self, Config, Xdp},
+    ethtool::{self, Offload},
+    feature::TcKind,
+    net,
+    object::{self, Constants, ObjectError, program},
+    pin::{Hook, Pins},
+    source::Snapshot,
+    status::ParentStatus,
+    tables::Live,
+    wiring::{self, ParentSpec},
+};
+
+const OFF: &str = "off";
+
+/// A parent ENI with its programs.
+pub(super) struct Parent {
+    pub(super) config: config::Parent,
+    pub(super) index: u16,
+    /// `None` while the interface is away.
+    pub(super) ifindex: Option<u32>,
+    ebpf: Ebpf,
+    xdp_mode: &'static str,
+    /// Why XDP does not run as configured.
+    xdp_note: Option<String>,
+    /// What is wrong with the node's settings for it.
+    pub(super) settings_note: Option<String>,
+    /// What was changed in the node's settings for it.
+    pub(super) changes: Vec<String>,
+}
+
+impl Parent {
+    /// Loads the programs of a parent; nothing is attached yet.
+    pub(super) fn load(
+        config: &Config,
+        parent: &config::Parent,
+        ifindex: u32,
+        index: u16,
+        pins: &Pins,
+    ) -> Result<Self, ObjectError> {
+        let constants = Constants { fast_path: config.fast_path, parent: index, xdp: parent.xdp };
+        let mut ebpf = object::open(constants, &config.limits, Some(pins))?;
+        object::tc(&mut ebpf, program::ENI_INGRESS)?;
+        object::tc(&mut ebpf, program::ENI_EGRESS)?;
+        if parent.xdp != Xdp::Off {
+            object::xdp(&mut ebpf, program::ENI_XDP)?;
+        }
+        Ok(Self {
+            config: parent.clone(),
+            index,
+            ifindex: Some(ifindex),
+            ebpf,
+            xdp_mode: OFF,
+            xdp_note: None,
+            settings_note: None,
+            changes: Vec::new(),
+        })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.config.interface.as_str()
+    }
+
+    /// Brings XDP to what is configured, or, where the tag would not reach it, to nothing. A pin that was made is
+    /// added to `created`.
+    pub(super) fn attach_xdp(&mut self, pins: &Pins, created: &mut Vec<PathBuf>) -> Result<(), AttachError> {
+        let Some(ifindex) = self.ifindex else { return Ok(()) };
+        let interface = self.config.interface.as_str();
+        let generic = self.config.generic_xdp;
+        let wanted = self.config.xdp != Xdp::Off;
+        let hidden = if wanted { rxvlan_off(interface).err() } else { None };
+        if !wanted || hidden.is_some() {
+            for generic in [false, true] {
+                pins.remove(&pins.parent_xdp(interface, generic))?;
+            }
+            if let Some(note) = &hidden {
+                log::warn!("parent ENI {interface}: {note}");
+            }
+            self.xdp_mode = OFF;
+            self.xdp_note = hidden;
+            return Ok(());
+        }
+        // The kernel takes one mode at a time. Meanwhile tc checks the same.
+        pins.remove(&pins.parent_xdp(interface, !generic))?;
+        let pin = pins.parent_xdp(interface, generic);
+        let program = object::xdp(&mut self.ebpf, program::ENI_XDP).map_err(|error| AttachError::Xdp {
+            interface: interface.to_owned(),
+            source: io::Error::other(error),
+        })?;
+        if attach::attach_xdp(program, Target { interface, ifindex }, generic, &pin)? == Attached::Created {
+            created.push(pin);
+        }
+        self.xdp_mode = if generic { "generic" } else { "native" };
+        self.xdp_note = None;
+        Ok(())
+    }
+
+    pub(super) fn attach_tc(&mut self, pins: &Pins, kind: TcKind) -> Result<(), AgentError> {
+        let Some(ifindex) = self.ifindex else { return Ok(()) };
+        let interface = self.config.interface.as_str();
+        let target = Target { interface, ifindex };
+        for (name, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
+            let program = object::tc(&mut self.ebpf, name)?;
+            attach::attach_tc(kind, program, name, target, hook, &pins.parent_tc(interface, hook))?;
+        }
+        Ok(())
+    }
+
+    /// Follows the interface if it went away or came back, as another one of the same name. Returns whether it did.
+    pub(super) fn follow(&mut self, pins: &Pins, kind: TcKind) -> bool {
+        let ifindex = net::ifindex(self.name());
+        if ifindex == self.ifindex {
+            return false;
+        }
+        self.ifindex = ifindex;
+        if ifindex.is_none() {
+            log::error!("parent ENI {} is gone; its pods wait for it", self.name());
+            return true;
+        }
+        log::warn!("parent ENI {} is another interface now", self.name());
+        let attached = self.attach_xdp(pins, &mut Vec::new()).map_err(AgentError::from);
+        if let Err(error) = attached.and_then(|()| self.attach_tc(pins, kind)) {
+            log::error!("{error}");
+            // Tried again at the next check.
+            self.ifindex = None;
+        }
+        true
+    }
+
+    /// Another program may have turned the VLAN offload on again, which takes the tag from XDP's sight.
+    pub(super) fn recheck_xdp(&mut self, pins: &Pins) {
+        if self.config.xdp == Xdp::Off || self.ifindex.is_none() {
+            return;
+        }
+        let running = self.xdp_mode != OFF;
+        if rxvlan_off(self.name()).is_ok() != running
+            && let Err(error) = self.attach_xdp(pins, &mut Vec::new())
+        {
+            log::error!("{error}");
+        }
+    }
+
+    /// Readies the interface and the node's routing for the pods of a snapshot.
+    pub(super) async fn prepare(&mut self, snapshot: &Snapshot) {
+        if self.ifindex.is_none() {
+            return;
+        }
+        let mut gateways: Vec<_> = snapshot
+            .pods
+            .iter()
+            .filter(|pod| pod.is_wanted() && pod.parent == self.config.interface)
+            .map(|pod| (pod.subnet, pod.gateway, pod.gateway_mac.0))
+            .collect();
+        gateways.sort_unstable();
+        gateways.dedup();
+        let spec = ParentSpec { interface: self.name().to_owned(), gateways };
+        let note = match wiring::prepare_parent(&spec).await {
+            Ok(prepared) => {
+                self.changes = prepared.changes;
+                None
+            }
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(note) = &note
+            && self.settings_note.as_ref() != Some(note)
+        {
+            log::error!("parent ENI {}: {note}", self.name());
+        }
+        self.settings_note = note;
+    }
+
+    pub(super) fn status(&self, kind: TcKind) -> ParentStatus {
+        let gone = self.ifindex.is_none().then(|| "the interface is gone".to_owned());
+        let notes = [gone, self.xdp_note.clone(), self.settings_note.clone()];
+        ParentStatus {
+            interface: self.name().to_owned(),
+            index: self.index,
+            ifindex: self.ifindex.unwrap_or(0),
+            xdp_wanted: self.config.xdp.name().to_owned(),
+            xdp_mode: self.xdp_mode.to_owned(),
+            tc: kind.name().to_owned(),
+            notes: notes.into_iter().flatten().collect(),
+        }
+    }
+}
+
+/// Turns the VLAN offload off, or says why XDP has to do without.
+fn rxvlan_off(interface: &str) -> Result<(), String> {
+    match ethtool::set(interface, Offload::RxVlan, false) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err("rxvlan stays on, which hides the VLAN tag from XDP: tc does all".to_owned()),
+        Err(error) => Err(format!("{error}; XDP would not see the VLAN tag: tc does all")),
+    }
+}
+
+/// Interface indexes of the configured parents, which must all be there.
+pub(super) fn ifindexes(config: &Config) -> Result<Vec<u32>, AgentError> {
+    let parents = config.parents.iter().map(|parent| {
+        let interface = parent.interface.as_str();
+        net::ifindex(interface).ok_or_else(|| AgentError::NoParent { interface: interface.to_owned() })
+    });
+    parents.collect()
+}
+
+/// Numbers of the parents: those that live records know them by, else the lowest that no record uses.
+pub(super) fn numbers<'a>(ifindexes: &[u32], pods: impl Iterator<Item = &'a Live>) -> Vec<u16> {
+    let known: BTreeMap<u32, u16> = pods.map(|pod| (pod.record.parent_ifindex, pod.record.parent)).collect();
+    let mut taken: BTreeSet<u16> = known.values().copied().collect();
+    let mut given = BTreeSet::new();
+    let mut indexes: Vec<Option<u16>> = ifindexes
+        .iter()
+        .map(|ifindex| known.get(ifindex).copied().filter(|index| given.insert(*index)))
+        .collect();
+    for index in indexes.iter_mut().filter(|index| index.is_none()) {
+        let all = || 0..MAX_PARENTS as u16;
+        // Records of parents that are gone give way when there is no other.
+        let free = all()
+            .find(|index| !taken.contains(index) && !given.contains(index))
+            .or_else(|| all().find(|index| !given.contains(index)));
+        *index = free.inspect(|free| {
+            taken.insert(*free);
+            given.insert(*free);
+        });
+    }
+    indexes.into_iter().map(Option::unwrap_or_default).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use datapath_common::abi::Endpoint;
+
+    use super::*;
+
+    fn live(parent: u16, parent_ifindex: u32) -> Live {
+        Live { slot: 1, record: Endpoint { parent, parent_ifindex, ..Endpoint::ZERO }, missing: 0 }
+    }
+
+    #[test]
+    fn parents_keep_the_numbers_that_records_know() {
+        let pods = [live(1, 7), live(0, 5)];
+        assert_eq!(numbers(&[7, 5], pods.iter()), [1, 0]);
+        assert_eq!(numbers(&[9, 5], pods.iter()), [2, 0]);
+        assert_eq!(numbers(&[9, 8], [].iter()), [0, 1]);
+    }
+
+    #[test]
+    fn numbers_of_lost_parents_are_given_when_there_is_no_other() {
+        let pods: Vec<_> = (0..8).map(|i| live(i, 100 + u32::from(i))).collect();
+        assert_eq!(numbers(&[103, 9], pods.iter()), [3, 0]);
+    }
+}

@@ -1,0 +1,561 @@
+//! The maps as typed handles: single reads and writes, without rules.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::fd::AsFd as _,
+};
+
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie::Key},
+    util::nr_cpus,
+};
+use datapath_common::abi::{
+    CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+    maps::{self, SLOTS_PER_ENDPOINT, VLANS, VipKey},
+};
+use ipnet::Ipv4Net;
+
+use super::{Index, Live, TablesError, errno};
+use crate::{
+    config::{Limits, MAX_FLOWS},
+    pin::{MapLayout, Pins},
+};
+
+/// An ABI type in a map. `aya::Pod` and the ABI types are both foreign to this crate.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Raw<T>(T);
+
+macro_rules! raw {
+    ($($abi:ty),+) => { $(
+        // SAFETY: `#[repr(C)]`, without implicit padding and with every bit pattern valid: the ABI's rules.
+        unsafe impl aya::Pod for Raw<$abi> {}
+    )+ };
+}
+raw!(Endpoint, FlowKey, Flow, FragmentKey, Fragment, VipKey, CounterRow);
+
+/// Handles to all maps.
+pub struct Maps {
+    endpoint: Array<MapData, Raw<Endpoint>>,
+    subeni: Array<MapData, u32>,
+    pod_if: HashMap<MapData, u32, u32>,
+    pod_ip4: HashMap<MapData, [u8; 4], u32>,
+    pod_ip6: HashMap<MapData, [u8; 16], u32>,
+    host_dst: LpmTrie<MapData, [u8; 4], u32>,
+    vips: HashMap<MapData, Raw<VipKey>, u32>,
+    flows: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
+    flow_mark: Array<MapData, u32>,
+    frags: HashMap<MapData, Raw<FragmentKey>, Raw<Fragment>>,
+    counters: PerCpuArray<MapData, Raw<CounterRow>>,
+    cpus: usize,
+}
+
+fn failed(map: &'static str, action: &'static str) -> impl FnOnce(MapError) -> TablesError {
+    move |source| TablesError::Map { map, action, source }
+}
+
+fn found<T>(map: &'static str, result: Result<T, MapError>) -> Result<Option<T>, TablesError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(source) => Err(failed(map, "read")(source)),
+    }
+}
+
+fn gone(map: &'static str, result: Result<(), MapError>) -> Result<bool, TablesError> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(source) if errno(&source) == Some(libc::ENOENT) => Ok(false),
+        Err(source) => Err(failed(map, "remove an entry of")(source)),
+    }
+}
+
+/// All keys at one time. While the kernel adds and evicts entries the walk may start over; it ends all the same.
+fn keys<K>(
+    map: &'static str,
+    keys: impl Iterator<Item = Result<K, MapError>>,
+    entries: u32,
+) -> Result<Vec<K>, TablesError> {
+    keys.take(2 * entries as usize).map(|key| key.map_err(failed(map, "walk"))).collect()
+}
+
+impl Maps {
+    /// Opens the pinned maps.
+    ///
+    /// # Errors
+    ///
+    /// When one is missing or cannot be opened.
+    pub fn open(pins: &Pins) -> Result<Self, TablesError> {
+        Self::build(|map| match MapData::from_pin(pins.map(map)) {
+            Ok(data) => Ok(data),
+            Err(source) if errno(&source) == Some(libc::ENOENT) => Err(TablesError::Missing {
+                map,
+                place: pins.maps_dir().display().to_string(),
+                hint: "no agent has run with this pin_dir; start `eniway agent`",
+            }),
+            Err(source) => Err(failed(map, "open")(source)),
+        })
+    }
+
+    /// Handles to the maps of a loaded object, pinned or not.
+    ///
+    /// # Errors
+    ///
+    /// When the object lacks one.
+    pub fn of(ebpf: &Ebpf) -> Result<Self, TablesError> {
+        Self::build(|name| {
+            let data = ebpf.map(name).and_then(map_data).ok_or(TablesError::Missing {
+                map: name,
+                place: "the loaded object".to_owned(),
+                hint: "the object was built from other sources than this program",
+            })?;
+            let fd = data
+                .fd()
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(|error| failed(name, "open")(MapError::IoError(error)))?;
+            MapData::from_fd(fd).map_err(failed(name, "open"))
+        })
+    }
+
+    /// Maps without programs, for tests and benchmarks of the tables themselves. `FLOWS` and `FRAGS` are plain hash
+    /// maps here: nothing is evicted.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses one.
+    pub fn create(limits: &Limits) -> Result<Self, TablesError> {
+        const NO_PREALLOC: u32 = 1;
+        let pods = limits.endpoints;
+        let make = "create";
+        Ok(Self {
+            endpoint: Array::create(pods * SLOTS_PER_ENDPOINT + 1, 0)
+                .map_err(failed(maps::ENDPOINT, make))?,
+            subeni: Array::create(maps::MAX_PARENTS * VLANS, 0).map_err(failed(maps::SUBENI, make))?,
+            pod_if: HashMap::create(pods, 0).map_err(failed(maps::POD_IF, make))?,
+            pod_ip4: HashMap::create(pods, 0).map_err(failed(maps::POD_IP4, make))?,
+            pod_ip6: HashMap::create(pods, 0).map_err(failed(maps::POD_IP6, make))?,
+            host_dst: LpmTrie::create(maps::MAX_HOST_DST, NO_PREALLOC)
+                .map_err(failed(maps::HOST_DST, make))?,
+            vips: HashMap::create(maps::MAX_VIPS, 0).map_err(failed(maps::VIPS, make))?,
+            flows: HashMap::create(limits.flows, 0).map_err(failed(maps::FLOWS, make))?,
+            flow_mark: Array::create(pods + 1, 0).map_err(failed(maps::FLOW_MARK, make))?,
+            frags: HashMap::create(maps::MAX_FRAGS, 0).map_err(failed(maps::FRAGS, make))?,
+            counters: PerCpuArray::create(pods + 1, 0).map_err(failed(maps::COUNTERS, make))?,
+            cpus: cpus()?,
+        })
+    }
+
+    fn build(open: impl Fn(&'static str) -> Result<MapData, TablesError>) -> Result<Self, TablesError> {
+        fn typed<T: TryFrom<Map, Error = MapError>>(
+            name: &'static str,
+            data: MapData,
+        ) -> Result<T, TablesError> {
+            Map::from_map_data(data).and_then(T::try_from).map_err(failed(name, "use"))
+        }
+        Ok(Self {
+            endpoint: typed(maps::ENDPOINT, open(maps::ENDPOINT)?)?,
+            subeni: typed(maps::SUBENI, open(maps::SUBENI)?)?,
+            pod_if: typed(maps::POD_IF, open(maps::POD_IF)?)?,
+            pod_ip4: typed(maps::POD_IP4, open(maps::POD_IP4)?)?,
+            pod_ip6: typed(maps::POD_IP6, open(maps::POD_IP6)?)?,
+            host_dst: typed(maps::HOST_DST, open(maps::HOST_DST)?)?,
+            vips: typed(maps::VIPS, open(maps::VIPS)?)?,
+            flows: typed(maps::FLOWS, open(maps::FLOWS)?)?,
+            flow_mark: typed(maps::FLOW_MARK, open(maps::FLOW_MARK)?)?,
+            frags: typed(maps::FRAGS, open(maps::FRAGS)?)?,
+            counters: typed(maps::COUNTERS, open(maps::COUNTERS)?)?,
+            cpus: cpus()?,
+        })
+    }
+
+    /// Slots, the unused slot 0 included.
+    pub fn slots(&self) -> u32 {
+        self.endpoint.len()
+    }
+
+    /// Ids, the 0 of "no pod" included.
+    pub fn ids(&self) -> u32 {
+        self.flow_mark.len()
+    }
+
+    /// The record in a slot; zero when the slot is unused.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn record(&self, slot: u32) -> Result<Endpoint, TablesError> {
+        self.endpoint.get(&slot, 0).map(|raw| raw.0).map_err(failed(maps::ENDPOINT, "read"))
+    }
+
+    /// Writes a record as it is. No index may point at the slot.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_record(&mut self, slot: u32, record: &Endpoint) -> Result<(), TablesError> {
+        self.endpoint.set(slot, Raw(*record), 0).map_err(failed(maps::ENDPOINT, "write"))
+    }
+
+    /// The slot that an index names; 0 = none.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn slot(&self, key: Index) -> Result<u32, TablesError> {
+        let slot = match key {
+            Index::Vlan { parent, vid } => {
+                Some(self.subeni.get(&subeni_index(parent, vid), 0).map_err(failed(maps::SUBENI, "read"))?)
+            }
+            Index::Ipv4(address) => found(maps::POD_IP4, self.pod_ip4.get(&address, 0))?,
+            Index::Ipv6(address) => found(maps::POD_IP6, self.pod_ip6.get(&address, 0))?,
+            Index::Interface(ifindex) => found(maps::POD_IF, self.pod_if.get(&ifindex, 0))?,
+        };
+        Ok(slot.unwrap_or(0))
+    }
+
+    /// Points an index at a slot.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written, or is full.
+    pub fn set_slot(&mut self, key: Index, slot: u32) -> Result<(), TablesError> {
+        match key {
+            Index::Vlan { parent, vid } => {
+                self.subeni.set(subeni_index(parent, vid), slot, 0).map_err(failed(maps::SUBENI, "write"))
+            }
+            Index::Ipv4(address) => {
+                self.pod_ip4.insert(address, slot, 0).map_err(failed(maps::POD_IP4, "write"))
+            }
+            Index::Ipv6(address) => {
+                self.pod_ip6.insert(address, slot, 0).map_err(failed(maps::POD_IP6, "write"))
+            }
+            Index::Interface(ifindex) => {
+                self.pod_if.insert(ifindex, slot, 0).map_err(failed(maps::POD_IF, "write"))
+            }
+        }
+    }
+
+    /// Removes an index if it points at `slot`. Returns whether it did.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written.
+    pub fn clear_slot(&mut self, key: Index, slot: u32) -> Result<bool, TablesError> {
+        if self.slot(key)? != slot {
+            return Ok(false);
+        }
+        match key {
+            Index::Vlan { .. } => self.set_slot(key, 0).map(|()| true),
+            Index::Ipv4(address) => gone(maps::POD_IP4, self.pod_ip4.remove(&address)),
+            Index::Ipv6(address) => gone(maps::POD_IP6, self.pod_ip6.remove(&address)),
+            Index::Interface(ifindex) => gone(maps::POD_IF, self.pod_if.remove(&ifindex)),
+        }
+    }
+
+    /// Every index that is set, with its slot.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn indexes(&self) -> Result<Vec<(Index, u32)>, TablesError> {
+        let mut all = Vec::new();
+        for parent in 0..self.subeni.len() / VLANS {
+            for vid in 0..VLANS {
+                let key = Index::Vlan { parent: parent as u16, vid: vid as u16 };
+                let slot = self.slot(key)?;
+                if slot != 0 {
+                    all.push((key, slot));
+                }
+            }
+        }
+        let pods = self.ids();
+        let by_ip4 = keys(maps::POD_IP4, self.pod_ip4.keys(), pods)?.into_iter().map(Index::Ipv4);
+        let by_ip6 = keys(maps::POD_IP6, self.pod_ip6.keys(), pods)?.into_iter().map(Index::Ipv6);
+        let by_if = keys(maps::POD_IF, self.pod_if.keys(), pods)?.into_iter().map(Index::Interface);
+        for key in by_ip4.chain(by_ip6).chain(by_if) {
+            all.push((key, self.slot(key)?));
+        }
+        Ok(all)
+    }
+
+    /// All pods in the tables: every record that its interface's index points at.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn pods(&self) -> Result<Vec<Live>, TablesError> {
+        let mut pods = BTreeMap::<u64, Live>::new();
+        for ifindex in keys(maps::POD_IF, self.pod_if.keys(), self.ids())? {
+            let slot = self.slot(Index::Interface(ifindex))?;
+            if slot == 0 || slot >= self.slots() {
+                continue;
+            }
+            let record = self.record(slot)?;
+            if record.owner == 0 || record.ifindex != ifindex || !(1..self.ids()).contains(&record.id) {
+                continue;
+            }
+            let mut missing = 0;
+            for key in Index::of(&record) {
+                missing += usize::from(self.slot(key)? != slot);
+            }
+            let live = Live { slot, record, missing };
+            // Two records of one pod are what a change leaves that was cut short: the one that packets find counts.
+            pods.entry(record.owner)
+                .and_modify(|known| {
+                    if live.missing < known.missing {
+                        *known = live;
+                    }
+                })
+                .or_insert(live);
+        }
+        let mut pods: Vec<_> = pods.into_values().collect();
+        pods.sort_unstable_by_key(|pod| pod.record.id);
+        pods.dedup_by_key(|pod| pod.record.id);
+        Ok(pods)
+    }
+
+    /// Flags of the longest prefix that holds the address; 0 = none.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn host_dst(&self, address: [u8; 4]) -> Result<u32, TablesError> {
+        Ok(found(maps::HOST_DST, self.host_dst.get(&Key::new(32, address), 0))?.unwrap_or(0))
+    }
+
+    /// All prefixes that are not left to the wire, with their flags.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn host_dsts(&self) -> Result<BTreeMap<Ipv4Net, u32>, TablesError> {
+        let mut all = BTreeMap::new();
+        for key in keys(maps::HOST_DST, self.host_dst.keys(), maps::MAX_HOST_DST)? {
+            let Ok(prefix) = Ipv4Net::new(key.data().into(), key.prefix_len() as u8) else { continue };
+            if let Some(flags) = found(maps::HOST_DST, self.host_dst.get(&key, 0))? {
+                all.insert(prefix, flags);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Makes the prefixes exactly these. Returns how many entries changed.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written, or is full.
+    pub fn set_host_dsts(&mut self, wanted: &BTreeMap<Ipv4Net, u32>) -> Result<usize, TablesError> {
+        let key = |prefix: &Ipv4Net| Key::new(prefix.prefix_len().into(), prefix.network().octets());
+        let wanted: BTreeMap<Ipv4Net, u32> =
+            wanted.iter().map(|(net, flags)| (net.trunc(), *flags)).collect();
+        let known = self.host_dsts()?;
+        let mut changes = 0;
+        for (prefix, flags) in &wanted {
+            if known.get(prefix) != Some(flags) {
+                self.host_dst.insert(&key(prefix), flags, 0).map_err(failed(maps::HOST_DST, "write"))?;
+                changes += 1;
+            }
+        }
+        for prefix in known.keys().filter(|prefix| !wanted.contains_key(prefix)) {
+            changes += usize::from(gone(maps::HOST_DST, self.host_dst.remove(&key(prefix)))?);
+        }
+        Ok(changes)
+    }
+
+    /// All virtual addresses of load balancers.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn vips(&self) -> Result<BTreeSet<([u8; 4], u16, u8)>, TablesError> {
+        let keys = keys(maps::VIPS, self.vips.keys(), maps::MAX_VIPS)?;
+        Ok(keys.into_iter().map(|Raw(key)| (key.addr, key.port, key.proto)).collect())
+    }
+
+    /// Whether a load balancer serves (address, port, protocol).
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn is_vip(&self, addr: [u8; 4], port: u16, proto: u8) -> Result<bool, TablesError> {
+        let key = Raw(VipKey { addr, port, proto, pad: 0 });
+        Ok(found(maps::VIPS, self.vips.get(&key, 0))?.is_some())
+    }
+
+    /// Makes the virtual addresses exactly these (address, port, protocol). Returns how many entries changed.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written, or is full.
+    pub fn set_vips(&mut self, wanted: &BTreeSet<([u8; 4], u16, u8)>) -> Result<usize, TablesError> {
+        let key = |&(addr, port, proto): &([u8; 4], u16, u8)| Raw(VipKey { addr, port, proto, pad: 0 });
+        let known = self.vips()?;
+        for vip in known.difference(wanted) {
+            gone(maps::VIPS, self.vips.remove(&key(vip)))?;
+        }
+        for vip in wanted.difference(&known) {
+            self.vips.insert(key(vip), 1, 0).map_err(failed(maps::VIPS, "write"))?;
+        }
+        Ok(known.symmetric_difference(wanted).count())
+    }
+
+    /// The memory of a flow.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn flow(&self, key: &FlowKey) -> Result<Option<Flow>, TablesError> {
+        Ok(found(maps::FLOWS, self.flows.get(&Raw(*key), 0))?.map(|raw| raw.0))
+    }
+
+    /// All remembered flows.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn flows(&self) -> Result<Vec<(FlowKey, Flow)>, TablesError> {
+        let mut all = Vec::new();
+        for key in keys(maps::FLOWS, self.flows.keys(), MAX_FLOWS)? {
+            if let Some(flow) = found(maps::FLOWS, self.flows.get(&key, 0))? {
+                all.push((key.0, flow.0));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Remembers a flow, as the kernel programs do, and marks its pod.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_flow(&mut self, key: &FlowKey, flow: &Flow) -> Result<(), TablesError> {
+        self.set_mark(key.id, 1)?;
+        self.flows.insert(Raw(*key), Raw(*flow), 0).map_err(failed(maps::FLOWS, "write"))
+    }
+
+    /// Where the first fragment of a datagram went.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn fragment(&self, key: &FragmentKey) -> Result<Option<Fragment>, TablesError> {
+        Ok(found(maps::FRAGS, self.frags.get(&Raw(*key), 0))?.map(|raw| raw.0))
+    }
+
+    /// Remembers a first fragment, as the kernel programs do, and marks its pod.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_fragment(&mut self, key: &FragmentKey, fragment: &Fragment) -> Result<(), TablesError> {
+        self.set_mark(key.id, 1)?;
+        self.frags.insert(Raw(*key), Raw(*fragment), 0).map_err(failed(maps::FRAGS, "write"))
+    }
+
+    /// Whether a pod has, or had, a remembered flow or fragment.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn marked(&self, id: u32) -> Result<bool, TablesError> {
+        Ok(self.flow_mark.get(&id, 0).map_err(failed(maps::FLOW_MARK, "read"))? != 0)
+    }
+
+    fn set_mark(&mut self, id: u32, mark: u32) -> Result<(), TablesError> {
+        self.flow_mark.set(id, mark, 0).map_err(failed(maps::FLOW_MARK, "write"))
+    }
+
+    /// A pod's counters (id 0: packets without a pod), summed over the CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn counters(&self, id: u32) -> Result<CounterRow, TablesError> {
+        let rows = self.counters.get(&id, 0).map_err(failed(maps::COUNTERS, "read"))?;
+        let mut sum = CounterRow::ZERO;
+        for Raw(row) in rows.iter() {
+            for (total, counter) in sum.counters.iter_mut().zip(&row.counters) {
+                total.packets += counter.packets;
+                total.bytes += counter.bytes;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Counters of all ids that counted anything.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn all_counters(&self) -> Result<Vec<(u32, CounterRow)>, TablesError> {
+        let mut all = Vec::new();
+        for id in 0..self.ids() {
+            let row = self.counters(id)?;
+            if row != CounterRow::ZERO {
+                all.push((id, row));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Sets a pod's counters to zero on all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn reset_counters(&mut self, id: u32) -> Result<(), TablesError> {
+        let zeros = PerCpuValues::try_from(vec![Raw(CounterRow::ZERO); self.cpus])
+            .map_err(|source| TablesError::Cpus { file: "the number of values", source })?;
+        self.counters.set(id, zeros, 0).map_err(failed(maps::COUNTERS, "write"))
+    }
+
+    /// Forgets everything about an id: flows, fragments, mark, counters.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn forget(&mut self, id: u32) -> Result<(), TablesError> {
+        if self.marked(id)? {
+            for key in keys(maps::FLOWS, self.flows.keys(), MAX_FLOWS)? {
+                if key.0.id == id {
+                    gone(maps::FLOWS, self.flows.remove(&key))?;
+                }
+            }
+            for key in keys(maps::FRAGS, self.frags.keys(), maps::MAX_FRAGS)? {
+                if key.0.id == id {
+                    gone(maps::FRAGS, self.frags.remove(&key))?;
+                }
+            }
+            self.set_mark(id, 0)?;
+        }
+        self.reset_counters(id)
+    }
+}
+
+fn subeni_index(parent: u16, vid: u16) -> u32 {
+    u32::from(parent) * VLANS + u32::from(vid)
+}
+
+fn cpus() -> Result<usize, TablesError> {
+    nr_cpus().map_err(|(file, source)| TablesError::Cpus { file, source })
+}
+
+fn map_data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::LpmTrie(data)
+        | Map::PerCpuArray(data) => Some(data),
+        _ => None,
+    }
+}
+
+/// The layout of a map of a loaded object.
+pub(crate) fn layout_of(map: &Map) -> Result<MapLayout, MapError> {
+    let data = map_data(map).ok_or(MapError::InvalidMapType { map_type: 0 })?;
+    MapLayout::of(&data.info()?)
+}
