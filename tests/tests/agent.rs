@@ -491,7 +491,7 @@ fn detach_leaves_nothing() -> Result {
         let mut text = String::new();
         for words in [
             &["ip", "rule"][..],
-            &["ip", "route", "show", "table", "all"],
+            &["ip", "-4", "route", "show", "table", "all"],
             &["ip", "-o", "link"],
             // Those that eniway adds stand for ever; others come and go.
             &["ip", "neighbour", "show", "nud", "permanent"],

@@ -99,7 +99,8 @@ pub(super) fn arrival<T: Tables>(
     }
     let Some(known) = known else {
         tables.remember(&key, &memory(tables, arrived, Origin::Inbound));
-        return Some(if opens { Outcome::FlowRemembered } else { Outcome::FlowRelearned });
+        let lost = matches!(ip.l4.role, Role::Continues);
+        return Some(if lost { Outcome::FlowRelearned } else { Outcome::FlowRemembered });
     };
     if known.door == arrived as u8 && known.origin == Origin::Inbound as u8 {
         refresh(tables, &key, known);

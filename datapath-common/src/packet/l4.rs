@@ -21,6 +21,7 @@ const TCP_DATA_OFFSET: usize = 12;
 const TCP_FLAGS: usize = 13;
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
+const SYN_ACK: u8 = SYN | ACK;
 
 /// The transport header. For ICMP errors, ports and protocol are those of the packet that the error is about, turned
 /// round: as if the one who reports were its sender.
@@ -49,7 +50,9 @@ pub enum Role {
     Opens,
     /// It may open the flow or continue it: protocols without connections.
     Either,
-    /// It continues the flow, or answers it.
+    /// It is the first answer: a SYN with ACK.
+    Answers,
+    /// It continues the flow.
     Continues,
     /// It reports an error about the flow.
     Reports,
@@ -78,7 +81,11 @@ pub(super) fn parse<F: Frame + ?Sized>(frame: &F, offset: usize, proto: u8) -> R
     match proto {
         TCP => {
             let header: [u8; 20] = frame.load(offset).ok_or(Outcome::Truncated)?;
-            let role = if header[TCP_FLAGS] & (SYN | ACK) == SYN { Role::Opens } else { Role::Continues };
+            let role = match header[TCP_FLAGS] & (SYN | ACK) {
+                SYN => Role::Opens,
+                SYN_ACK => Role::Answers,
+                _ => Role::Continues,
+            };
             let header_len = u32::from(header[TCP_DATA_OFFSET] >> 4) * 4;
             Ok(L4 { role, header_len, ..ports([header[0], header[1], header[2], header[3]], proto) })
         }

@@ -104,7 +104,7 @@ fn arp_is_ethernet_and_ipv4_only() {
 fn roles_of_tcp() {
     let role = |flags| l4_of(&Packet::tcp((A, 1), (B, 2), flags)).role;
     assert_eq!(role(SYN), Role::Opens);
-    assert_eq!(role(SYN_ACK), Role::Continues);
+    assert_eq!(role(SYN_ACK), Role::Answers);
     assert_eq!(role(ACK), Role::Continues);
     // SYN with ECN set-up (RFC 3168) or with data pushed opens, too; a reset does not.
     assert_eq!(role(SYN | 0xc0), Role::Opens);

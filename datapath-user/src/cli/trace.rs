@@ -525,7 +525,7 @@ mod tests {
         for (proto, turn, role) in [
             (Proto::Tcp, Turn::Opens, Role::Opens),
             (Proto::Tcp, Turn::Middle, Role::Continues),
-            (Proto::Tcp, Turn::Answers, Role::Continues),
+            (Proto::Tcp, Turn::Answers, Role::Answers),
             (Proto::Udp, Turn::Opens, Role::Either),
             (Proto::Icmp, Turn::Opens, Role::Either),
             (Proto::Icmp, Turn::Answers, Role::Either),
