@@ -22,7 +22,7 @@ use crate::count::Load;
 /// What a tc program says of a packet that it leaves to others: `TC_ACT_UNSPEC`, which is `TCX_NEXT` for TCX.
 pub const NEXT: i32 = TC_ACT_UNSPEC;
 /// What a tc program says of a packet that ends here.
-pub const SHOT: i32 = TC_ACT_SHOT as i32;
+pub const SHOT: i32 = TC_ACT_SHOT;
 /// What an XDP program says of a frame that it leaves to the stack.
 pub const XDP_PASS: u32 = xdp_action::XDP_PASS;
 /// What an XDP program says of a frame that ends here.

@@ -2,6 +2,10 @@
 //! acts; it decides nothing itself.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(clippy::needless_pass_by_value, reason = "aya's macros hand a hook its context by value")
+)]
 
 #[cfg(target_arch = "bpf")]
 mod config;

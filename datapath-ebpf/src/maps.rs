@@ -1,6 +1,11 @@
 //! All maps, and the decisions' view of them. Layouts, and what each is for: `datapath_common::abi::maps`. Sizes here are
 //! the defaults; the loader sets the configured ones.
 
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "aya-ebpf after 0.2 takes keys and values by reference only"
+)]
+
 use aya_ebpf::{
     helpers::generated::bpf_ktime_get_coarse_ns,
     macros::map,

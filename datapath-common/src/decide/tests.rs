@@ -387,7 +387,10 @@ fn a_vip_within_a_host_prefix() {
     let client = (A.ipv4, 4000);
     assert_eq!(from_pod(&mut node, &A, tcp(client, (VIP_IN_SERVICES, 80), SYN)), only(Outcome::Wire));
     assert_eq!(from_pod(&mut node, &A, tcp(client, (VIP_IN_SERVICES, 81), SYN)), only(Outcome::HostService));
-    assert_eq!(from_pod(&mut node, &A, Packet::udp(client, (VIP_IN_SERVICES, 80))), only(Outcome::HostService));
+    assert_eq!(
+        from_pod(&mut node, &A, Packet::udp(client, (VIP_IN_SERVICES, 80))),
+        only(Outcome::HostService)
+    );
     // An error about what came from there goes back there.
     let about = tcp((VIP_IN_SERVICES, 80), client, ACK);
     let error = Packet::icmp_error(3, A.ipv4, VIP_IN_SERVICES, &about);

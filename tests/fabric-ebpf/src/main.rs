@@ -4,6 +4,10 @@
 //! Speed matters only in that a large GSO packet must cost no more than a small one.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(clippy::needless_pass_by_value, reason = "aya's macros hand a hook its context by value")
+)]
 
 #[cfg(target_arch = "bpf")]
 mod fabric;
