@@ -71,7 +71,14 @@ pub fn parse<F: Frame + ?Sized>(frame: &F, offset: usize) -> Result<Ipv4, Outcom
     };
     let l4 = match part {
         Part::Later => L4::NONE,
-        Part::Whole | Part::First => l4::parse(frame, offset + header_len, header.proto)?,
+        Part::Whole | Part::First => {
+            // What follows the packet is the padding of a short Ethernet frame.
+            let payload = if too_long_to_say { usize::MAX } else { total_len - header_len };
+            if payload < l4::min_len(header.proto) {
+                return Err(Outcome::Truncated);
+            }
+            l4::parse(frame, offset + header_len, header.proto)?
+        }
     };
     Ok(Ipv4 {
         src: header.src_addr,

@@ -71,7 +71,17 @@ impl L4 {
     };
 }
 
-/// Parses the transport header at `offset`.
+/// The least that a packet of this protocol carries, in bytes.
+#[inline(always)]
+pub(super) const fn min_len(proto: u8) -> usize {
+    match proto {
+        TCP => 20,
+        UDP | ICMP => 8,
+        _ => 0,
+    }
+}
+
+/// Parses the transport header at `offset`, where the packet has [`min_len`] bytes.
 ///
 /// # Errors
 ///

@@ -189,6 +189,8 @@ fn headers_that_contradict_themselves() {
     }
     // Longer than the total length because of padding: fine.
     assert_eq!(parse(&|ip| ip.total_len = Some(28)), Ok(()));
+    // But padding is no part of a header.
+    assert_eq!(parse(&|ip| ip.total_len = Some(27)), Err(Outcome::Truncated));
     // A header longer than the datagram.
     assert_eq!(parse(&|ip| (ip.version_and_length, ip.total_len) = (Some(0x4f), Some(36))), bad);
 }
