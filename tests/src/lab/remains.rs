@@ -50,7 +50,7 @@ impl Drop for Remains {
         if let Err(error) = self.clean() {
             log::warn!("{error}");
         }
-        let _ = fs::remove_file(&self.lock);
+        self.leave();
     }
 }
 
@@ -145,11 +145,20 @@ impl Remains {
     pub(super) fn finish(mut self) -> Result<()> {
         let result = self.clean();
         if result.is_ok() {
-            let _ = fs::remove_file(&self.lock);
+            self.leave();
         }
         // Dropped, it would try again.
         self.keep = true;
         result
+    }
+
+    /// Gives the id back. The last lab takes the directories that all share with it; they stay while another has something
+    /// there.
+    fn leave(&self) {
+        let _ = fs::remove_file(&self.lock);
+        for shared in [RUN, PINS, BULK] {
+            let _ = fs::remove_dir(shared);
+        }
     }
 
     pub(super) fn places(&self) -> &Places {
