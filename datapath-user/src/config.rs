@@ -6,6 +6,7 @@ use std::{
 };
 
 use datapath_common::abi::maps::{DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_PARENTS};
+use eniway_ipam::rpc::Address;
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 
@@ -112,6 +113,30 @@ pub enum Source {
         #[serde(default)]
         confirm_removals: bool,
     },
+    /// An allocator elsewhere.
+    Grpc {
+        /// Where.
+        #[serde(default = "default_allocator")]
+        address: Address,
+        /// PEM file of the authority that the allocator's certificate is from.
+        #[serde(default)]
+        ca: Option<PathBuf>,
+        /// PEM file of the node's certificate.
+        #[serde(default)]
+        cert: Option<PathBuf>,
+        /// PEM file of its key.
+        #[serde(default)]
+        key: Option<PathBuf>,
+    },
+    /// An allocator in the agent's own process, for a node or a few that share it over its socket.
+    Embedded {
+        /// The allocator's configuration, as of `eniway ipam serve`.
+        config: PathBuf,
+    },
+}
+
+fn default_allocator() -> Address {
+    Address::Unix("/run/eniway/ipam.sock".into())
 }
 
 /// A parent ENI.
@@ -205,6 +230,16 @@ fn default_log() -> String {
     "info".to_owned()
 }
 
+/// Starts to log to standard error, as configured unless the environment's `RUST_LOG` says otherwise.
+pub fn start_log(level: &str) {
+    // What libraries say on the way is for those who ask for it by RUST_LOG.
+    let libraries =
+        ["aya", "aya_obj", "netlink_proto", "h2", "hyper", "hyper_util", "rustls", "tonic", "tower"];
+    let quiet = libraries.iter().fold(level.to_owned(), |filter, library| format!("{filter},{library}=warn"));
+    let filter = env_logger::Env::default().default_filter_or(quiet);
+    env_logger::Builder::from_env(filter).init();
+}
+
 impl Config {
     /// Reads a configuration file.
     ///
@@ -240,6 +275,11 @@ impl Config {
             if !path.is_absolute() {
                 return says(key, format!("`{}` is not an absolute path", path.display()));
             }
+        }
+        if let Source::Grpc { address: Address::Https(url), ca, cert, key } = &self.source
+            && [ca, cert, key].into_iter().any(Option::is_none)
+        {
+            return says("source.address", format!("`{url}` needs `ca`, `cert` and `key` beside it"));
         }
         if self.parents.is_empty() {
             return says("parent", "at least one [[parent]] is needed".to_owned());
@@ -300,8 +340,7 @@ interface = "eth1"
         assert!(!config.parents[0].generic_xdp);
         assert_eq!(config.host.metadata, Metadata::Deny);
         assert_eq!(config.limits, Limits { endpoints: 1024, flows: 65_536 });
-        let Source::File { confirm_removals, .. } = config.source;
-        assert!(!confirm_removals);
+        assert!(matches!(config.source, Source::File { confirm_removals: false, .. }));
     }
 
     #[test]
@@ -334,6 +373,25 @@ flows = 2048
         assert_eq!(config.parents[0].xdp, Xdp::Redirect);
         assert_eq!(config.host.prefixes, ["10.247.0.0/16".parse().unwrap()]);
         assert_eq!(config.limits, Limits { endpoints: 64, flows: 2048 });
+    }
+
+    #[test]
+    fn an_allocator_is_reached_by_socket_or_tls() {
+        let file = "kind = \"file\"\npath = \"/etc/eniway/pods.json\"";
+        let with = |source: &str| parse(&LEAST.replace(file, source)).map(|config| config.source);
+        let Ok(Source::Grpc { address, .. }) = with("kind = \"grpc\"") else { panic!("no grpc") };
+        assert_eq!(address.to_string(), "unix:/run/eniway/ipam.sock");
+        let tls = "ca = \"/a\"\ncert = \"/b\"\nkey = \"/c\"";
+        assert!(with(&format!("kind = \"grpc\"\naddress = \"https://ipam:7443\"\n{tls}")).is_ok());
+        for (source, words) in [
+            ("kind = \"grpc\"\naddress = \"https://ipam:7443\"", ["source.address", "cert"]),
+            ("kind = \"grpc\"\naddress = \"http://ipam:7443\"", ["http://ipam", "unix:"]),
+            ("kind = \"grpc\"\nadress = \"unix:/a\"", ["adress", "line"]),
+            ("kind = \"embedded\"", ["config", "missing"]),
+        ] {
+            let error = with(source).unwrap_err();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
     }
 
     #[test]

@@ -40,6 +40,7 @@ enum Command {
     Counters(cli::counters::Args),
     Trace(cli::trace::Args),
     Detach(cli::detach::Args),
+    Ipam(Box<cli::ipam::Args>),
 }
 
 fn main() -> ExitCode {
@@ -56,10 +57,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Agent { config, once } => {
             let config = Config::load(&config)?;
-            // What libraries say on the way is for those who ask for it by RUST_LOG.
-            let quiet = format!("{},aya=warn,aya_obj=warn,netlink_proto=warn", config.log);
-            let filter = env_logger::Env::default().default_filter_or(quiet);
-            env_logger::Builder::from_env(filter).init();
+            config::start_log(&config.log);
             // One thread: sockets are made in the network namespace of the thread that makes them.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(agent::run(config, if once { Until::Applied } else { Until::Stopped }))?;
@@ -70,6 +68,7 @@ fn run(command: Command) -> Result<()> {
         Command::Counters(args) => cli::counters::run(&args)?,
         Command::Trace(args) => cli::trace::run(&args)?,
         Command::Detach(args) => cli::detach::run(&args)?,
+        Command::Ipam(args) => cli::ipam::run(&args)?,
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use datapath_common::abi::Endpoint;
 
-use crate::tables::{Index, Live};
+use crate::tables::{Index, Live, is_older};
 
 /// Fewer removals than this are never held back.
 const BULK: usize = 10;
@@ -33,6 +33,16 @@ pub enum Refusal {
         /// What is in force.
         known: u32,
     },
+    /// Another pod is to get the same, by an older allocation.
+    #[error(
+        "{index} is given to another pod too (owner {owner:016x}); the allocator must take it from one of them"
+    )]
+    Twice {
+        /// What.
+        index: Index,
+        /// The owner that gets it.
+        owner: u64,
+    },
     /// Another live pod has what it should get.
     #[error(
         "{index} still belongs to pod {id} (owner {owner:016x}); it is given away only once that pod is released"
@@ -47,8 +57,8 @@ pub enum Refusal {
     },
 }
 
-/// Compares. `wanted` holds no key twice (the source sees to that); id and interface index of its records are
-/// ignored. Owners in `stuck` want something but cannot get it now (their pod cannot be wired): they keep what they
+/// Compares. Id and interface index of the wanted records are ignored. Where two want the same, it is given to the
+/// one of the older generation, and the other is refused. Owners in `stuck` want something but cannot get it now (their pod cannot be wired): they keep what they
 /// have.
 pub fn plan(wanted: &BTreeMap<u64, Endpoint>, actual: &BTreeMap<u64, Live>, stuck: &BTreeSet<u64>) -> Plan {
     let mut plan = Plan {
@@ -60,7 +70,7 @@ pub fn plan(wanted: &BTreeMap<u64, Endpoint>, actual: &BTreeMap<u64, Live>, stuc
     let mut held = Held::default();
     for (owner, record) in wanted {
         match actual.get(owner) {
-            Some(live) if record.generation < live.record.generation => {
+            Some(live) if is_older(record.generation, live.record.generation) => {
                 let refusal = Refusal::Stale { given: record.generation, known: live.record.generation };
                 plan.refused.push((*owner, refusal));
                 held.add(live);
@@ -77,8 +87,10 @@ pub fn plan(wanted: &BTreeMap<u64, Endpoint>, actual: &BTreeMap<u64, Live>, stuc
         }
     }
     // Whoever is refused keeps what it has, which may be what another one waits for.
-    while let Some((owner, refusal)) =
-        open.iter().find_map(|(owner, (record, _))| Some((*owner, held.conflict(*owner, record)?)))
+    while let Some((owner, refusal)) = open
+        .iter()
+        .find_map(|(owner, (record, _))| Some((*owner, held.conflict(*owner, record)?)))
+        .or_else(|| asked_twice(open.values().map(|(record, _)| *record)))
     {
         plan.refused.push((owner, refusal));
         if let Some((_, Some(live))) = open.remove(&owner) {
@@ -87,6 +99,21 @@ pub fn plan(wanted: &BTreeMap<u64, Endpoint>, actual: &BTreeMap<u64, Live>, stuc
     }
     plan.put.extend(open.into_keys());
     plan
+}
+
+/// The first record that asks for what one of an older generation asks for too.
+fn asked_twice<'a>(records: impl Iterator<Item = &'a Endpoint>) -> Option<(u64, Refusal)> {
+    let mut first: HashMap<Index, &Endpoint> = HashMap::new();
+    for record in records {
+        for index in Index::of(record).filter(|index| !matches!(index, Index::Interface(_))) {
+            let Some(other) = first.insert(index, record) else { continue };
+            let later = is_older(other.generation, record.generation)
+                || other.generation == record.generation && other.owner < record.owner;
+            let (winner, loser) = if later { (other, record) } else { (record, other) };
+            return Some((loser.owner, Refusal::Twice { index, owner: winner.owner }));
+        }
+    }
+    None
 }
 
 /// Whether two records say the same, but for what the tables and the wiring fill in.
@@ -211,6 +238,22 @@ mod tests {
         let plan = plan(&wanted(&chain), &actual, &BTreeSet::from([3]));
         assert_eq!(plan.refused.len(), 2);
         assert!(plan.put.is_empty());
+    }
+
+    #[test]
+    fn what_two_want_goes_to_the_older_allocation() {
+        let twin = Endpoint { vid: 101, generation: 6, ..record(2) };
+        let plan = planned(&[twin, record(1)], &[]);
+        assert_eq!(plan.put, [1]);
+        assert!(matches!(plan.refused[..], [(2, Refusal::Twice { owner: 1, .. })]), "{plan:?}");
+    }
+
+    #[test]
+    fn generations_are_counted_in_a_circle() {
+        let wrapped = Endpoint { generation: 3, vid: 7, ..record(1) };
+        let old = Endpoint { generation: u32::MAX - 3, ..record(1) };
+        assert_eq!(planned(&[wrapped], &[old]).put, [1]);
+        assert!(matches!(planned(&[old], &[wrapped]).refused[..], [(1, Refusal::Stale { .. })]));
     }
 
     #[test]

@@ -70,6 +70,9 @@ pub struct Status {
     pub node_changes: Vec<String>,
     /// The pods of the snapshot in force.
     pub pods: Vec<PodStatus>,
+    /// Pods of which the source says what cannot be, and why; what they have stays.
+    #[serde(default)]
+    pub refused: Vec<String>,
 }
 
 /// A parent ENI.

@@ -6,6 +6,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod check;
 mod cmd;
 mod crates;
@@ -57,6 +58,14 @@ enum Task {
         #[arg(last = true)]
         filter: Vec<String>,
     },
+    /// Measure (as root); exit status 1 only if measuring failed.
+    Bench {
+        /// What.
+        what: bench::Bench,
+        /// Add the figures to this JSON file.
+        #[arg(long, value_name = "FILE")]
+        report: Option<PathBuf>,
+    },
     /// Formatting, lints of the host crates and of the BPF crates, documentation, lock file.
     Check,
 }
@@ -69,6 +78,7 @@ fn main() -> ExitCode {
         Task::Demo { keep, report } => lab::demo(keep, report.as_deref()).map(|()| true),
         Task::Lab { args } => lab::run(&args).map(|()| true),
         Task::Test { group, filter } => test::run(group, &filter),
+        Task::Bench { what, report } => bench::run(what, report.as_deref()).map(|()| true),
         Task::Check => check::run().map(|()| true),
     };
     finish(done)

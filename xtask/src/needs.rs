@@ -19,10 +19,12 @@ pub(crate) const BPFFS: &str = "/sys/fs/bpf";
 /// What a task is about to do, which decides what it needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scope {
-    /// Build the host crates and the BPF objects.
-    Build,
     /// Build, and run the lab or anything else that loads programs.
     Lab,
+    /// Build, and run the tests of the host crates.
+    HostTests,
+    /// All that [`Scope::Lab`] and [`Scope::HostTests`] do.
+    Tests,
     /// Build, and lint the BPF crates.
     Check,
     /// Everything.
@@ -50,6 +52,10 @@ pub(crate) const LAB_TOOLS: [Tool; 6] = [
     tool("curl", "curl", "requests by hand in a lab that was kept"),
     tool("nsenter", "util-linux", "enters a namespace of the lab to look around"),
 ];
+
+/// The programs that the tests of the host crates run.
+pub(crate) const TEST_TOOLS: [Tool; 1] =
+    [tool("etcd", "etcd-server", "a store of the allocator, in its tests and benchmark")];
 
 /// Something a scope needs and the machine lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,8 +87,12 @@ pub(crate) fn lacks(scope: Scope) -> Vec<Lack> {
     if linker.as_deref() != Some(BPF_LINKER) {
         lacks.push(Lack::Linker(linker));
     }
-    if matches!(scope, Scope::Lab | Scope::All) {
-        lacks.extend(LAB_TOOLS.into_iter().filter(|tool| find_tool(tool.program).is_none()).map(Lack::Tool));
+    let missing = |tool: &Tool| find_tool(tool.program).is_none();
+    if matches!(scope, Scope::HostTests | Scope::Tests | Scope::All) {
+        lacks.extend(TEST_TOOLS.into_iter().filter(missing).map(Lack::Tool));
+    }
+    if matches!(scope, Scope::Lab | Scope::Tests | Scope::All) {
+        lacks.extend(LAB_TOOLS.into_iter().filter(missing).map(Lack::Tool));
         if !bpffs_mounted() {
             lacks.push(Lack::Bpffs);
         }

@@ -155,9 +155,11 @@ fn install_packages(packages: &BTreeSet<&str>) -> Result<()> {
     cmd::step(&format!("Debian packages: {what}"), || {
         let guard = NoServices::new()?;
         let installed = cmd::run(&mut apt_install(packages));
-        if packages.contains("nginx") {
-            // The lab runs nginx by itself; the machine's own service stays off.
-            disable_service("nginx")?;
+        // The lab and the tests run these by themselves; the machine's own services stay off.
+        for (package, service) in [("nginx", "nginx"), ("etcd-server", "etcd")] {
+            if packages.contains(package) {
+                disable_service(service)?;
+            }
         }
         drop(guard);
         installed

@@ -32,10 +32,10 @@ pub(crate) fn run(group: Option<Group>, filter: &[String]) -> Result<bool> {
     let wanted = |one| group.is_none_or(|group| group == one);
     let host_only = group == Some(Group::Host);
     if host_only {
-        setup::run(Scope::Build)?;
+        setup::run(Scope::HostTests)?;
     } else {
         lab::need_root("testing the kernel programs")?;
-        setup::run(Scope::Lab)?;
+        setup::run(Scope::Tests)?;
     }
     let mut total = Count::default();
     if wanted(Group::Host) {

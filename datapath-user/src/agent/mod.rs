@@ -11,13 +11,18 @@ use std::{
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     rc::Rc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use aya::Ebpf;
 use datapath_common::abi::{
     Endpoint,
     maps::{self, host_dst},
+};
+use eniway_ipam::{
+    PodKey,
+    api::RefusedByAgent,
+    rpc::{ClientError, Tls},
 };
 use ipnet::Ipv4Net;
 use tokio::{
@@ -31,6 +36,7 @@ use crate::{
     config::{self, Config, Metadata, Source, Xdp},
     detach,
     feature::{self, FeatureError, TcKind},
+    ipam::{IpamError, TlsFiles},
     lock::{self, Lock, LockError},
     net,
     netlink::{self, NetlinkError},
@@ -38,11 +44,12 @@ use crate::{
     pin::{Hook, PinError, Pins},
     reconcile::{self, Plan},
     source::{
-        Pod, Snapshot, State,
+        Desired, Pod, Snapshot, State,
+        allocator::{AllocatorSource, Change, Told},
         file::{self, FileSource, SourceError},
     },
     status::{PodStatus, Status, StatusError},
-    tables::{GRACE, Live, Maps, Tables, TablesError},
+    tables::{GRACE, Index, Live, Maps, Tables, TablesError, is_older},
     wiring::{self, PodSpec, WiringError},
 };
 
@@ -57,6 +64,10 @@ const CHECK_TICKS: u64 = 3;
 const SETTINGS_TICKS: u64 = 15;
 /// Writers that do not rename write in several steps.
 const SETTLE: Duration = Duration::from_millis(30);
+/// How long a single run waits for the allocator.
+const FIRST_WORD: Duration = Duration::from_secs(10);
+/// Writing the status may take this share of the time: with thousands of pods it takes longer than most changes do.
+const STATUS_SHARE: u32 = 20;
 
 /// Why the agent does not run.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +90,12 @@ pub enum AgentError {
     /// The first document is bad, and nothing runs yet that needs an agent.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// The allocator cannot be asked.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The allocator in this process.
+    #[error(transparent)]
+    Ipam(#[from] IpamError),
     /// The BPF file system.
     #[error(transparent)]
     Pin(#[from] PinError),
@@ -140,24 +157,35 @@ pub enum Until {
 pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(AgentError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(AgentError::Signal)?;
-    let mut agent = Agent::start(config).await?;
+    let mut agent = Agent::start(config, until).await?;
     if until == Until::Applied {
         return agent.completeness();
     }
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // What is new goes to the status file once that is due, after everybody who waits for an answer has it.
+    let mut report_due = None;
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            () = agent.source.hint() => {
-                time::sleep(SETTLE).await;
-                agent.look().await;
-            }
+            told = agent.source.next() => match told {
+                Some(told) => agent.hear(told).await,
+                None => {
+                    time::sleep(SETTLE).await;
+                    agent.look().await;
+                }
+            },
             _ = ticks.tick() => agent.tick().await,
+            () = sleep_until(report_due) => {
+                agent.report();
+                report_due = None;
+                continue;
+            }
         }
-        agent.report();
+        report_due.get_or_insert(agent.next_report);
     }
+    agent.report();
     log::info!("stopped; {} pods keep their network", agent.tables.pods().count());
     Ok(())
 }
@@ -181,10 +209,61 @@ fn confirmation(run_dir: &Path) -> PathBuf {
     run_dir.join("confirm")
 }
 
+async fn sleep_until(time: Option<Instant>) {
+    match time {
+        Some(time) => time::sleep_until(time.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// A snapshot that waits for confirmation.
 struct Held {
     id: String,
-    snapshot: Rc<Snapshot>,
+    desired: Rc<Desired>,
+    /// The revision at which it came to say what it says.
+    told: u64,
+}
+
+/// What tells the agent what should be.
+enum Feed {
+    File(FileSource),
+    Allocator(AllocatorSource),
+}
+
+impl Feed {
+    async fn open(config: &Config) -> Result<Self, AgentError> {
+        let parents = || config.parents.iter().map(|parent| parent.interface.to_string()).collect();
+        Ok(match &config.source {
+            Source::File { path, .. } => Self::File(FileSource::new(path)),
+            Source::Grpc { address, ca, cert, key } => {
+                let tls = tls(ca.as_ref(), cert.as_ref(), key.as_ref())?;
+                Self::Allocator(AllocatorSource::connect(address, tls.as_ref(), &config.node, parents())?)
+            }
+            Source::Embedded { config: path } => {
+                Self::Allocator(AllocatorSource::embed(path, &config.node, parents()).await?)
+            }
+        })
+    }
+
+    /// What the allocator tells, or none as a hint that the file may be another one.
+    async fn next(&mut self) -> Option<Told> {
+        match self {
+            Self::File(file) => {
+                file.hint().await;
+                None
+            }
+            Self::Allocator(allocator) => Some(allocator.next().await),
+        }
+    }
+}
+
+fn tls(
+    ca: Option<&PathBuf>,
+    cert: Option<&PathBuf>,
+    key: Option<&PathBuf>,
+) -> Result<Option<Tls>, IpamError> {
+    let (Some(ca), Some(cert), Some(key)) = (ca, cert, key) else { return Ok(None) };
+    TlsFiles { ca: ca.clone(), cert: cert.clone(), key: key.clone() }.read().map(Some)
 }
 
 struct Agent {
@@ -195,9 +274,9 @@ struct Agent {
     /// The object whose pod programs are attached.
     pods: Ebpf,
     parents: Vec<Parent>,
-    source: FileSource,
-    /// The snapshot in force.
-    snapshot: Option<Rc<Snapshot>>,
+    source: Feed,
+    /// What shall be: the snapshot in force, with the changes since.
+    desired: Option<Rc<Desired>>,
     held: Option<Held>,
     /// Whether the last document could not be read, rather than not be understood.
     unreadable: bool,
@@ -211,14 +290,13 @@ struct Agent {
     ticks: u64,
     status: Status,
     written: Option<Status>,
+    /// The status file is not written before this.
+    next_report: Instant,
     _locks: [Lock; 2],
 }
 
 impl Agent {
-    async fn start(config: Config) -> Result<Self, AgentError> {
-        let Source::File { path, .. } = &config.source;
-        let path = path.clone();
-
+    async fn start(config: Config, until: Until) -> Result<Self, AgentError> {
         // Nothing is changed until all of this stands.
         feature::check_privileges()?;
         let run_lock = lock::lock_run_dir(&config.run_dir)?;
@@ -226,8 +304,11 @@ impl Agent {
         parent::ifindexes(&config)?;
         let pins = Pins::new(&config.pin_dir);
         let fresh = !pins.map(maps::ENDPOINT).exists();
-        let mut source = FileSource::new(&path);
-        let first = read_snapshot(&mut source, &config);
+        let mut source = Feed::open(&config).await?;
+        let first = match &mut source {
+            Feed::File(file) => read_snapshot(file, &config),
+            Feed::Allocator(_) => Ok(None),
+        };
         if fresh && let Err(error @ SourceError::Document { .. }) = first {
             return Err(error.into());
         }
@@ -245,8 +326,24 @@ impl Agent {
             }
         })?;
         agent.take(first).await;
+        if until == Until::Applied {
+            agent.hear_first().await;
+        }
         agent.report();
         Ok(agent)
+    }
+
+    /// A single run ends with the allocator's first snapshot, or without one.
+    async fn hear_first(&mut self) {
+        let end = Instant::now() + FIRST_WORD;
+        while self.desired.is_none() && self.held.is_none() {
+            let Feed::Allocator(allocator) = &mut self.source else { return };
+            match allocator.next_within(end.saturating_duration_since(Instant::now())).await {
+                Some(told) => self.hear(told).await,
+                None if self.status.source_error.is_some() => return,
+                None => return self.source_is_away("the allocator gives no snapshot".to_owned()),
+            }
+        }
     }
 
     /// Loads the programs, takes over what the tables hold, and attaches.
@@ -255,7 +352,7 @@ impl Agent {
         kind: TcKind,
         pins: Pins,
         addresses: Vec<IpAddr>,
-        source: FileSource,
+        source: Feed,
         locks: [Lock; 2],
     ) -> Result<Self, AgentError> {
         let ifindexes = parent::ifindexes(&config)?;
@@ -295,7 +392,7 @@ impl Agent {
             pods,
             parents,
             source,
-            snapshot: None,
+            desired: None,
             held: None,
             unreadable: false,
             wired: BTreeMap::new(),
@@ -305,6 +402,7 @@ impl Agent {
             ticks: 0,
             status,
             written: None,
+            next_report: Instant::now(),
             _locks: locks,
         };
         agent.sync_host_dst()?;
@@ -372,22 +470,145 @@ impl Agent {
                 moved |= parent.follow(pins, *kind);
             }
             if moved || !self.faults.is_empty() || self.lost_pods() {
-                self.reconcile().await;
+                self.reconcile(None).await;
+                self.acknowledge();
             }
         }
         if self.ticks.is_multiple_of(SETTINGS_TICKS) {
-            if let Some(snapshot) = self.snapshot.clone() {
-                self.prepare_parents(&snapshot).await;
+            if let Some(desired) = self.desired.clone() {
+                self.prepare_parents(&desired).await;
             }
             let Self { parents, pins, .. } = self;
             parents.iter_mut().for_each(|parent| parent.recheck_xdp(pins));
         }
     }
 
-    /// Reads the source, if it says something new.
+    /// Reads the file, if that is the source and says something new.
     async fn look(&mut self) {
-        let next = read_snapshot(&mut self.source, &self.config);
+        let Feed::File(file) = &mut self.source else { return };
+        let next = read_snapshot(file, &self.config);
         self.take(next).await;
+    }
+
+    /// Takes in what the allocator says, and answers.
+    async fn hear(&mut self, told: Told) {
+        let confirmed = match told {
+            Told::Away(error) => return self.source_is_away(error),
+            Told::Snapshot { desired, confirmed } => {
+                self.source_is_well();
+                self.offer(Rc::new(desired)).await;
+                confirmed
+            }
+            Told::Changes { revision, confirmed, changes } => {
+                self.source_is_well();
+                self.change(revision, changes).await;
+                confirmed
+            }
+        };
+        // 0: nobody has confirmed anything. An allocator that begins anew begins at 0 too.
+        if let Some(held) = self.held.take_if(|held| confirmed > 0 && held.told <= confirmed) {
+            log::info!("confirmed at the allocator");
+            self.apply(held.desired).await;
+        }
+        self.acknowledge();
+    }
+
+    /// Tells the allocator how far the kernel has come. While a snapshot is held back, it has not.
+    fn acknowledge(&self) {
+        let (Feed::Allocator(allocator), None, Some(desired)) = (&self.source, &self.held, &self.desired)
+        else {
+            return;
+        };
+        let refused = |uid: &str, container_id: &str, reason: &str| RefusedByAgent {
+            key: PodKey { uid: uid.to_owned(), container_id: container_id.to_owned() },
+            reason: reason.to_owned(),
+        };
+        let faults = self.faults.iter().filter_map(|(owner, fault)| {
+            let pod = desired.pod(*owner)?;
+            Some(refused(&pod.uid, &pod.container_id, fault))
+        });
+        let unusable = desired
+            .refused
+            .values()
+            .map(|unusable| refused(&unusable.uid, &unusable.container_id, &unusable.reason));
+        allocator.acknowledge(desired.revision, faults.chain(unusable).collect());
+    }
+
+    /// Applies changes to what is in force; to what is held back, which then is judged anew, if something is.
+    async fn change(&mut self, revision: u64, changes: Vec<Change>) {
+        if changes.is_empty()
+            && let Some(held) = &mut self.held
+        {
+            Rc::make_mut(&mut held.desired).revision = revision;
+            return;
+        }
+        let held = self.held.take().map(|held| held.desired);
+        let is_held = held.is_some();
+        // Changes are of something that was told before.
+        let Some(mut desired) = held.or_else(|| self.desired.take()) else { return };
+        let mut touched = BTreeSet::new();
+        let mut freed = false;
+        {
+            let desired = Rc::make_mut(&mut desired);
+            desired.revision = revision;
+            for change in changes {
+                match change {
+                    Change::Put(pod) => {
+                        touched.insert(pod.owner());
+                        freed |= !pod.is_wanted();
+                        desired.put(*pod);
+                    }
+                    Change::Refused(owner, refused) => {
+                        log::error!("pod {}: {}", refused.name, refused.reason);
+                        touched.insert(owner);
+                        desired.refuse(owner, refused);
+                    }
+                    Change::Gone { owner, generation } => {
+                        if desired.pod(owner).is_some_and(|pod| is_older(generation, pod.generation)) {
+                            continue;
+                        }
+                        touched.insert(owner);
+                        freed = true;
+                        desired.remove(owner);
+                    }
+                }
+            }
+        }
+        if is_held {
+            return self.offer(desired).await;
+        }
+        self.desired = Some(desired);
+        self.status.revision = Some(revision);
+        if !touched.is_empty() {
+            if freed {
+                // What others wait for may be free now.
+                touched.extend(self.faults.keys());
+            }
+            self.widen(&mut touched);
+            self.reconcile(Some(&touched)).await;
+        }
+    }
+
+    /// Adds those who have what others among the owners ask for: decisions over them are then the same as over all.
+    fn widen(&self, owners: &mut BTreeSet<u64>) {
+        let Some(desired) = &self.desired else { return };
+        let mut open: Vec<u64> = owners.iter().copied().collect();
+        while !open.is_empty() {
+            let scope: BTreeSet<u64> = open.drain(..).collect();
+            for record in self.wanted(desired, Some(&scope)).values() {
+                for index in Index::of(record).filter(|index| !matches!(index, Index::Interface(_))) {
+                    match self.tables.holder(index) {
+                        Ok(Some(holder)) => {
+                            if owners.insert(holder.record.owner) {
+                                open.push(holder.record.owner);
+                            }
+                        }
+                        Ok(None) => {}
+                        Err(error) => log::error!("{error}"),
+                    }
+                }
+            }
+        }
     }
 
     async fn take(&mut self, next: Result<Option<Snapshot>, SourceError>) {
@@ -399,18 +620,21 @@ impl Agent {
             }
             Ok(Some(snapshot)) => {
                 self.source_is_well();
-                self.offer(Rc::new(snapshot)).await;
+                self.offer(Rc::new(snapshot.into())).await;
             }
             Err(error) => {
                 self.unreadable = matches!(error, SourceError::Read { .. });
-                let text = error.to_string();
-                if self.status.source_error.as_ref() != Some(&text) {
-                    log::error!("{text}");
-                }
-                self.status.source_error = Some(text);
-                self.status.source_down_since.get_or_insert_with(unix_seconds);
+                self.source_is_away(error.to_string());
             }
         }
+    }
+
+    fn source_is_away(&mut self, error: String) {
+        if self.status.source_error.as_ref() != Some(&error) {
+            log::error!("{error}");
+        }
+        self.status.source_error = Some(error);
+        self.status.source_down_since.get_or_insert_with(unix_seconds);
     }
 
     fn source_is_well(&mut self) {
@@ -422,34 +646,50 @@ impl Agent {
     }
 
     /// Lets a snapshot take effect, unless it would take away most of the node's pods.
-    async fn offer(&mut self, snapshot: Rc<Snapshot>) {
-        let Source::File { confirm_removals, .. } = self.config.source;
-        let removals = self.plan(&snapshot, &BTreeSet::new()).release.len();
+    async fn offer(&mut self, desired: Rc<Desired>) {
+        // An allocator that has lost its memory says the same again each time it is asked.
+        let confirm_removals = match self.config.source {
+            Source::File { confirm_removals, .. } => confirm_removals,
+            Source::Grpc { .. } | Source::Embedded { .. } => true,
+        };
+        let removals = self.plan(&desired, None, &BTreeSet::new()).release.len();
         let live = self.tables.pods().count();
-        let id = format!("{:016x}", snapshot.fingerprint());
+        let id = format!("{:016x}", desired.fingerprint());
         let again = !confirm_removals && self.held.as_ref().is_some_and(|held| held.id == id);
         if reconcile::is_bulk(removals, live) && !again {
             let why = format!(
                 "the snapshot of revision {} would remove {removals} of {live} pods",
-                snapshot.revision
+                desired.revision
             );
-            let again = if confirm_removals { "" } else { " or write the same document again" };
+            let again = match self.config.source {
+                Source::File { confirm_removals: false, .. } => {
+                    " or write the same document again".to_owned()
+                }
+                Source::File { .. } => String::new(),
+                Source::Grpc { .. } | Source::Embedded { .. } => {
+                    format!(" or `eniway ipam confirm {}`", self.config.node)
+                }
+            };
             log::warn!("held back: {why}; run `eniway confirm`{again} to let it");
             self.status.held_back = Some(why);
             self.status.held_back_id = Some(id.clone());
-            self.held = Some(Held { id, snapshot });
+            let told = desired.revision;
+            self.held = Some(Held { id, desired, told });
             return;
         }
-        self.apply(snapshot).await;
+        self.apply(desired).await;
     }
 
-    async fn apply(&mut self, snapshot: Rc<Snapshot>) {
+    async fn apply(&mut self, desired: Rc<Desired>) {
         self.held = None;
         self.status.held_back = None;
         self.status.held_back_id = None;
-        self.status.revision = Some(snapshot.revision);
-        self.snapshot = Some(snapshot);
-        self.reconcile().await;
+        self.status.revision = Some(desired.revision);
+        for refused in desired.refused.values() {
+            log::error!("pod {}: {}", refused.name, refused.reason);
+        }
+        self.desired = Some(desired);
+        self.reconcile(None).await;
     }
 
     async fn look_for_confirmation(&mut self) {
@@ -459,41 +699,48 @@ impl Agent {
         match self.held.take_if(|held| held.id == id.trim()) {
             Some(held) => {
                 log::info!("confirmed by the operator");
-                self.apply(held.snapshot).await;
+                self.apply(held.desired).await;
+                self.acknowledge();
             }
             None => log::warn!("a confirmation came for a snapshot that is not held back any more"),
         }
     }
 
-    fn plan(&self, snapshot: &Snapshot, stuck: &BTreeSet<u64>) -> Plan {
-        let actual: BTreeMap<u64, Live> = self.tables.pods().map(|pod| (pod.record.owner, *pod)).collect();
-        reconcile::plan(&self.wanted(snapshot), &actual, stuck)
+    fn plan(&self, desired: &Desired, scope: Option<&BTreeSet<u64>>, stuck: &BTreeSet<u64>) -> Plan {
+        let mut actual: BTreeMap<u64, Live> = match scope {
+            None => self.tables.pods().map(|pod| (pod.record.owner, *pod)).collect(),
+            Some(owners) => {
+                owners.iter().filter_map(|owner| Some((*owner, *self.tables.pod(*owner)?))).collect()
+            }
+        };
+        // What they have stays; who wants it is refused by the tables.
+        actual.retain(|owner, _| !desired.refused.contains_key(owner));
+        reconcile::plan(&self.wanted(desired, scope), &actual, stuck)
     }
 
-    /// Records of all pods that shall be in the tables.
-    fn wanted(&self, snapshot: &Snapshot) -> BTreeMap<u64, Endpoint> {
-        snapshot
-            .pods
-            .iter()
-            .filter(|pod| pod.is_wanted())
-            .filter_map(|pod| {
-                let parent = self.parents.iter().find(|parent| parent.config.interface == pod.parent)?;
-                // While its parent is away a pod keeps the record it has.
-                let ifindex = parent
-                    .ifindex
-                    .or_else(|| self.tables.pod(pod.owner()).map(|live| live.record.parent_ifindex));
-                Some((pod.owner(), pod.record(parent.index, ifindex.unwrap_or(0))))
-            })
-            .collect()
+    /// Records of all pods, or of those of some owners, that shall be in the tables.
+    fn wanted(&self, desired: &Desired, scope: Option<&BTreeSet<u64>>) -> BTreeMap<u64, Endpoint> {
+        let record = |(owner, pod): (u64, &Pod)| {
+            let parent = self.parents.iter().find(|parent| parent.config.interface == pod.parent)?;
+            // While its parent is away a pod keeps the record it has.
+            let ifindex =
+                parent.ifindex.or_else(|| self.tables.pod(owner).map(|live| live.record.parent_ifindex));
+            Some((owner, pod.record(parent.index, ifindex.unwrap_or(0))))
+        };
+        in_scope(desired, scope).filter(|(_, pod)| pod.is_wanted()).filter_map(record).collect()
     }
 
-    /// Makes the kernel equal to the snapshot in force, by the fewest operations.
-    async fn reconcile(&mut self) {
-        let Some(snapshot) = self.snapshot.clone() else { return };
-        let pods: BTreeMap<u64, &Pod> = snapshot.pods.iter().map(|pod| (pod.owner(), pod)).collect();
-        let known_faults = std::mem::take(&mut self.faults);
+    /// Makes the kernel equal to what shall be, by the fewest operations: for all pods, or for those of some owners, to
+    /// whom everybody belongs who has what they ask for.
+    async fn reconcile(&mut self, scope: Option<&BTreeSet<u64>>) {
+        let Some(desired) = self.desired.clone() else { return };
+        let pods: BTreeMap<u64, &Pod> = in_scope(&desired, scope).collect();
+        let known_faults = match scope {
+            None => std::mem::take(&mut self.faults),
+            Some(owners) => owners.iter().filter_map(|owner| self.faults.remove_entry(owner)).collect(),
+        };
         let mut operations = 0;
-        let plan = self.plan(&snapshot, &BTreeSet::new());
+        let plan = self.plan(&desired, scope, &BTreeSet::new());
 
         let mut released = 0;
         for owner in &plan.release {
@@ -502,24 +749,32 @@ impl Agent {
                 Err(error) => log::error!("cannot remove pod {owner:016x}: {error}"),
             }
         }
-        match self.sync_vips(&snapshot).and_then(|changes| Ok(changes + self.sync_host_dst()?)) {
-            Ok(changes) => operations += changes,
-            Err(error) => log::error!("{error}"),
+        if scope.is_none() {
+            match self.sync_vips(&desired).and_then(|changes| Ok(changes + self.sync_host_dst()?)) {
+                Ok(changes) => operations += changes,
+                Err(error) => log::error!("{error}"),
+            }
         }
-        self.prepare_parents(&snapshot).await;
+        let prepared = |pod: &Pod| {
+            let parent = self.parents.iter().find(|parent| parent.config.interface == pod.parent);
+            parent.is_some_and(|parent| parent.is_prepared_for(pod))
+        };
+        if scope.is_none() || !pods.values().filter(|pod| pod.is_wanted()).all(|pod| prepared(pod)) {
+            self.prepare_parents(&desired).await;
+        }
 
         // A pod that cannot be wired keeps what it has, which may be what another one is to get.
         let mut stuck = BTreeSet::new();
-        for owner in in_order(&snapshot, &plan) {
+        for owner in in_order(&desired, &plan) {
             if let Err(error) = self.wire(owner, pods[&owner]).await {
                 self.faults.insert(owner, error.to_string());
                 stuck.insert(owner);
             }
         }
-        let plan = if stuck.is_empty() { plan } else { self.plan(&snapshot, &stuck) };
-        let wanted = self.wanted(&snapshot);
+        let plan = if stuck.is_empty() { plan } else { self.plan(&desired, scope, &stuck) };
+        let wanted = self.wanted(&desired, scope);
         let moving: BTreeSet<u64> = plan.put.iter().copied().collect();
-        for owner in in_order(&snapshot, &plan) {
+        for owner in in_order(&desired, &plan) {
             match self.program(pods[&owner], &wanted[&owner], &moving).await {
                 Ok(changes) => operations += changes,
                 Err(error) => {
@@ -531,16 +786,18 @@ impl Agent {
             self.faults.insert(*owner, refusal.to_string());
         }
 
-        for (owner, fault) in &self.faults {
-            if known_faults.get(owner) != Some(fault)
-                && let Some(pod) = pods.get(owner)
+        for (owner, pod) in &pods {
+            if let Some(fault) = self.faults.get(owner)
+                && known_faults.get(owner) != Some(fault)
             {
                 log::error!("pod {}: {fault}", pod.full_name());
             }
         }
-        let revision = snapshot.revision;
+        let revision = desired.revision;
         if released + operations > 0 || !self.status.ready {
-            log::info!(
+            let level = if scope.is_none() { log::Level::Info } else { log::Level::Debug };
+            log::log!(
+                level,
                 "revision {revision}: {} pods, {released} released, {operations} operations, {} faults",
                 self.tables.pods().count(),
                 self.faults.len()
@@ -648,8 +905,8 @@ impl Agent {
         })
     }
 
-    fn sync_vips(&mut self, snapshot: &Snapshot) -> Result<usize, TablesError> {
-        let vips = snapshot.vips.iter().map(|vip| (vip.ip.octets(), vip.port, vip.protocol)).collect();
+    fn sync_vips(&mut self, desired: &Desired) -> Result<usize, TablesError> {
+        let vips = desired.vips.iter().map(|vip| (vip.ip.octets(), vip.port, vip.protocol)).collect();
         self.tables.maps.set_vips(&vips)
     }
 
@@ -669,9 +926,9 @@ impl Agent {
         }
     }
 
-    async fn prepare_parents(&mut self, snapshot: &Snapshot) {
+    async fn prepare_parents(&mut self, desired: &Desired) {
         for parent in &mut self.parents {
-            parent.prepare(snapshot).await;
+            parent.prepare(desired).await;
         }
     }
 
@@ -705,24 +962,27 @@ impl Agent {
 
     /// Writes the status file, if it would say something new.
     fn report(&mut self) {
+        let began = Instant::now();
         self.status.parents = self.parents.iter().map(|parent| parent.status(self.kind)).collect();
         self.status.node_changes =
             self.parents.iter().flat_map(|parent| parent.changes.iter().cloned()).collect();
-        if let Some(snapshot) = &self.snapshot {
-            let active = snapshot.pods.iter().filter(|pod| pod.state == State::Active);
-            self.status.pods = active.map(|pod| self.pod_status(pod)).collect();
+        if let Some(desired) = self.desired.clone() {
+            let mut active: Vec<_> = desired.pods().filter(|(_, pod)| pod.state == State::Active).collect();
+            active.sort_by_key(|(owner, _)| desired.place(*owner));
+            self.status.pods = active.into_iter().map(|(owner, pod)| self.pod_status(owner, pod)).collect();
+            self.status.refused =
+                desired.refused.values().map(|pod| format!("{}: {}", pod.name, pod.reason)).collect();
         }
-        if self.written.as_ref() == Some(&self.status) {
-            return;
+        if self.written.as_ref() != Some(&self.status) {
+            match self.status.write(&self.config.run_dir) {
+                Ok(()) => self.written = Some(self.status.clone()),
+                Err(error) => log::error!("{error}"),
+            }
         }
-        match self.status.write(&self.config.run_dir) {
-            Ok(()) => self.written = Some(self.status.clone()),
-            Err(error) => log::error!("{error}"),
-        }
+        self.next_report = Instant::now() + began.elapsed() * STATUS_SHARE;
     }
 
-    fn pod_status(&self, pod: &Pod) -> PodStatus {
-        let owner = pod.owner();
+    fn pod_status(&self, owner: u64, pod: &Pod) -> PodStatus {
         let live = self.tables.pod(owner);
         let host_interface = self
             .wired
@@ -758,15 +1018,29 @@ impl Agent {
             });
         let notes = self.parents.iter().filter_map(|parent| parent.settings_note.clone());
         let whole = [&self.status.source_error, &self.status.held_back];
-        let problems: Vec<_> = whole.into_iter().flatten().cloned().chain(notes).chain(faults).collect();
+        let refused = self.status.refused.iter().map(|refused| format!("pod {refused}"));
+        let problems: Vec<_> =
+            whole.into_iter().flatten().cloned().chain(notes).chain(faults).chain(refused).collect();
         if problems.is_empty() { Ok(()) } else { Err(AgentError::Incomplete { problems }) }
     }
 }
 
-/// Owners of pods that shall be in the tables and can be, in the order of the document.
-fn in_order(snapshot: &Snapshot, plan: &Plan) -> Vec<u64> {
-    let planned: BTreeSet<u64> = plan.put.iter().chain(&plan.keep).copied().collect();
-    snapshot.pods.iter().map(Pod::owner).filter(|owner| planned.contains(owner)).collect()
+/// The pods of some owners, or all.
+fn in_scope<'d>(
+    desired: &'d Desired,
+    scope: Option<&'d BTreeSet<u64>>,
+) -> Box<dyn Iterator<Item = (u64, &'d Pod)> + 'd> {
+    match scope {
+        None => Box::new(desired.pods()),
+        Some(owners) => Box::new(owners.iter().filter_map(|owner| Some((*owner, desired.pod(*owner)?)))),
+    }
+}
+
+/// Owners of pods that shall be in the tables and can be, in the order in which they came.
+fn in_order(desired: &Desired, plan: &Plan) -> Vec<u64> {
+    let mut planned: Vec<u64> = plan.put.iter().chain(&plan.keep).copied().collect();
+    planned.sort_unstable_by_key(|owner| desired.place(*owner));
+    planned
 }
 
 fn read_snapshot(source: &mut FileSource, config: &Config) -> Result<Option<Snapshot>, SourceError> {

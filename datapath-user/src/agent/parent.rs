@@ -3,11 +3,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    net::Ipv4Addr,
     path::PathBuf,
 };
 
 use aya::Ebpf;
 use datapath_common::abi::maps::MAX_PARENTS;
+use ipnet::Ipv4Net;
 
 use super::AgentError;
 use crate::{
@@ -18,13 +20,19 @@ use crate::{
     net,
     object::{self, Constants, ObjectError, program},
     pin::{Hook, Pins},
-    source::Snapshot,
+    source::{Desired, Pod},
     status::ParentStatus,
     tables::Live,
     wiring::{self, ParentSpec},
 };
 
 const OFF: &str = "off";
+
+type Gateway = (Ipv4Net, Ipv4Addr, [u8; 6]);
+
+fn gateway(pod: &Pod) -> Gateway {
+    (pod.subnet, pod.gateway, pod.gateway_mac.0)
+}
 
 /// A parent ENI with its programs.
 pub(super) struct Parent {
@@ -40,6 +48,8 @@ pub(super) struct Parent {
     pub(super) settings_note: Option<String>,
     /// What was changed in the node's settings for it.
     pub(super) changes: Vec<String>,
+    /// The gateways that the node is prepared for, in order.
+    gateways: Vec<Gateway>,
 }
 
 impl Parent {
@@ -67,6 +77,7 @@ impl Parent {
             xdp_note: None,
             settings_note: None,
             changes: Vec::new(),
+            gateways: Vec::new(),
         })
     }
 
@@ -154,19 +165,18 @@ impl Parent {
     }
 
     /// Readies the interface and the node's routing for the pods of a snapshot.
-    pub(super) async fn prepare(&mut self, snapshot: &Snapshot) {
+    pub(super) async fn prepare(&mut self, desired: &Desired) {
         if self.ifindex.is_none() {
             return;
         }
-        let mut gateways: Vec<_> = snapshot
-            .pods
-            .iter()
-            .filter(|pod| pod.is_wanted() && pod.parent == self.config.interface)
-            .map(|pod| (pod.subnet, pod.gateway, pod.gateway_mac.0))
+        let mut gateways: Vec<_> = desired
+            .pods()
+            .filter(|(_, pod)| pod.is_wanted() && pod.parent == self.config.interface)
+            .map(|(_, pod)| gateway(pod))
             .collect();
         gateways.sort_unstable();
         gateways.dedup();
-        let spec = ParentSpec { interface: self.name().to_owned(), gateways };
+        let spec = ParentSpec { interface: self.name().to_owned(), gateways: gateways.clone() };
         let note = match wiring::prepare_parent(&spec).await {
             Ok(prepared) => {
                 self.changes = prepared.changes;
@@ -179,7 +189,13 @@ impl Parent {
         {
             log::error!("parent ENI {}: {note}", self.name());
         }
+        self.gateways = if note.is_none() { gateways } else { Vec::new() };
         self.settings_note = note;
+    }
+
+    /// Whether the node is prepared for what a pod needs of it.
+    pub(super) fn is_prepared_for(&self, pod: &Pod) -> bool {
+        self.gateways.binary_search(&gateway(pod)).is_ok()
     }
 
     pub(super) fn status(&self, kind: TcKind) -> ParentStatus {

@@ -5,6 +5,7 @@
 
 pub mod counters;
 pub mod detach;
+pub mod ipam;
 pub mod pods;
 pub mod status;
 pub mod table;
@@ -74,6 +75,15 @@ pub enum CliError {
     /// A packet cannot be built as asked.
     #[error("cannot build the packet: {0}")]
     Packet(String),
+    /// The allocator did not do it, or does not answer.
+    #[error(transparent)]
+    Client(#[from] eniway_ipam::rpc::ClientError),
+    /// The allocator cannot run.
+    #[error(transparent)]
+    Ipam(#[from] crate::ipam::IpamError),
+    /// An argument that makes no sense.
+    #[error("{0}")]
+    Argument(String),
     /// The runtime for what takes its time.
     #[error("cannot start: {0}")]
     Runtime(io::Error),

@@ -123,6 +123,7 @@ fn text(report: &Report<'_>, node: &Node) -> String {
     let errors =
         status.pods.iter().filter_map(|pod| Some(format!("{}: {}", full_name(pod), pod.error.as_ref()?)));
     section(&mut out, "pods with errors", errors);
+    section(&mut out, "refused, and left as they were", status.refused.iter().cloned());
     out
 }
 

@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    ffi::OsStr,
     fmt::Display,
     fs::File,
     hash::Hash,
@@ -17,7 +16,7 @@ use notify::{RecursiveMode, Watcher as _};
 use serde::{Deserialize, Deserializer, de};
 use tokio::sync::mpsc;
 
-use super::{Pod, Snapshot, State, Vip};
+use super::{Pod, Snapshot, State, Vip, vlan_id};
 use crate::net::{InterfaceName, Mac, VlanId};
 
 /// The only version of the document so far.
@@ -136,17 +135,8 @@ fn default_mtu() -> u16 {
     1500
 }
 
-/// Allocators write 0 or -1 for a sub-ENI that is not attached yet.
 fn vlan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<VlanId>, D::Error> {
-    let id = i64::deserialize(deserializer)?;
-    if id <= 0 {
-        return Ok(None);
-    }
-    u16::try_from(id)
-        .ok()
-        .and_then(VlanId::new)
-        .map(Some)
-        .ok_or_else(|| de::Error::custom(format_args!("{id} is not a VLAN id (1-4094)")))
+    vlan_id(i64::deserialize(deserializer)?).map_err(de::Error::custom)
 }
 
 /// Reads a document. `parents` are the interfaces that the configuration knows.
@@ -190,67 +180,11 @@ pub fn parse(text: &[u8], parents: &[&str]) -> Result<Snapshot, Problem> {
 }
 
 fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
-    let problem = |field: &str, what: String| Err(Problem::new(format!("{at}.{field}"), what));
-    for (field, value) in [
-        ("uid", &entry.uid),
-        ("namespace", &entry.namespace),
-        ("name", &entry.name),
-        ("container_id", &entry.container_id),
-    ] {
-        if value.is_empty() || value.contains('\0') {
-            return problem(field, "must not be empty, nor hold a zero byte".to_owned());
-        }
-    }
-    if let Some(netns) = entry.netns.as_deref().filter(|netns| !netns.is_absolute()) {
-        return problem("netns", format!("`{}` is not an absolute path", netns.display()));
-    }
     let state = match entry.state {
         StateEntry::Active => State::Active,
         StateEntry::Releasing => State::Releasing,
     };
-    let programmed = matches!(state, State::Active) && entry.vlan.is_some();
-    if programmed && entry.netns.is_none() && entry.host_interface.is_none() {
-        return problem(
-            "netns",
-            "neither `netns` nor `host_interface` is given: one must say where the pod is".to_owned(),
-        );
-    }
-    if !parents.contains(&entry.parent.as_str()) {
-        return problem(
-            "parent",
-            format!(
-                "`{}` is not a [[parent]] of the configuration, which has {}",
-                entry.parent,
-                parents.join(", ")
-            ),
-        );
-    }
-    let usable = |address: Ipv4Addr| {
-        !(address.is_unspecified()
-            || address.is_multicast()
-            || address.is_broadcast()
-            || address.is_loopback())
-    };
-    for (field, address) in [("ipv4", entry.ipv4), ("gateway", entry.gateway)] {
-        if !usable(address) {
-            return problem(field, format!("{address} cannot be an interface's address"));
-        }
-        if !entry.subnet.contains(&address) {
-            return problem(field, format!("{address} is not in the subnet {}", entry.subnet));
-        }
-    }
-    if entry.ipv4 == entry.gateway {
-        return problem("ipv4", format!("{} is the gateway's address", entry.ipv4));
-    }
-    if let Some(address) = entry.ipv6.filter(|address| address.is_unspecified() || address.is_multicast()) {
-        return problem("ipv6", format!("{address} cannot be an interface's address"));
-    }
-    // RFC 791: every link carries 68 bytes, and hosts accept 576; less than that breaks things that need not be
-    // found out the hard way.
-    if entry.mtu < 576 {
-        return problem("mtu", format!("{} is less than 576", entry.mtu));
-    }
-    Ok(Pod {
+    let pod = Pod {
         uid: entry.uid,
         namespace: entry.namespace,
         name: entry.name,
@@ -275,7 +209,9 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         gateway_ipv6: entry.gateway_ipv6,
         mtu: entry.mtu,
         policy: entry.policy,
-    })
+    };
+    pod.check(parents).map_err(|(field, what)| Problem::new(format!("{at}.{field}"), what))?;
+    Ok(pod)
 }
 
 /// What only one pod may have. A pod that is going away still may share its sub-ENI's values with its successor.
@@ -419,18 +355,12 @@ impl FileSource {
     }
 }
 
-impl std::fmt::Debug for FileSource {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let name = self.path.file_name().unwrap_or(OsStr::new("?"));
-        f.debug_struct("FileSource").field("file", &name).finish_non_exhaustive()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::source::Desired;
 
     fn pod(n: u8) -> Value {
         json!({
@@ -578,11 +508,12 @@ mod tests {
     #[test]
     fn fingerprints_leave_the_revision_out() {
         let mut snapshot = read(&document(&[pod(2)])).unwrap();
-        let before = snapshot.fingerprint();
+        let fingerprint = |snapshot: &Snapshot| Desired::from(snapshot.clone()).fingerprint();
+        let before = fingerprint(&snapshot);
         snapshot.revision += 1;
-        assert_eq!(snapshot.fingerprint(), before);
+        assert_eq!(fingerprint(&snapshot), before);
         snapshot.pods[0].generation += 1;
-        assert_ne!(snapshot.fingerprint(), before);
+        assert_ne!(fingerprint(&snapshot), before);
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -247,15 +247,20 @@ impl Tables {
     /// When the map cannot be read.
     pub fn holder(&self, key: Index) -> Result<Option<&Live>, TablesError> {
         let slot = self.maps.slot(key)?;
-        Ok(if slot == 0 { None } else { self.live.values().find(|pod| pod.slot == slot) })
+        Ok(self.in_slot(slot))
+    }
+
+    fn in_slot(&self, slot: u32) -> Option<&Live> {
+        if slot == 0 { None } else { self.live.values().find(|pod| pod.slot == slot) }
     }
 
     fn check_free(&self, record: &Endpoint, moving: &dyn Fn(u64) -> bool) -> Result<(), TablesError> {
-        let own = self.live.get(&record.owner);
-        // What a pod has already needs no search among all others.
-        let has = |key| own.is_some_and(|own| Index::of(&own.record).any(|its| its == key));
-        for key in Index::of(record).filter(|key| !has(*key)) {
-            if let Some(Live { record: held, .. }) = self.holder(key)?
+        let own = self.live.get(&record.owner).map(|own| own.slot);
+        for key in Index::of(record) {
+            let slot = self.maps.slot(key)?;
+            // What a pod has already needs no search among all others.
+            if own != Some(slot)
+                && let Some(Live { record: held, .. }) = self.in_slot(slot)
                 && held.owner != record.owner
                 && !moving(held.owner)
             {

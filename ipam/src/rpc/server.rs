@@ -1,0 +1,381 @@
+//! The service.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    pin::Pin,
+    time::Duration,
+};
+
+use tokio::{
+    net::{TcpListener, UnixListener, UnixStream},
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_stream::{Stream, wrappers};
+use tonic::{
+    Request, Response, Status,
+    transport::{
+        Certificate, Identity, Server, ServerTlsConfig,
+        server::{Router, UdsConnectInfo},
+    },
+};
+
+use super::{
+    MAX_MESSAGE, Tls, convert,
+    proto::{self, ipam_server::IpamServer},
+};
+use crate::{Allocator, api::Released, feed::Notice};
+
+/// How long calls under way may take once the server ends. Whoever is cut off asks again.
+const FAREWELL: Duration = Duration::from_secs(3);
+/// A watcher that does not read holds this many notices at most; the feed keeps the rest.
+const NOTICES: usize = 4;
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// Why the service cannot be given.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket cannot be made.
+    #[error("cannot serve on {address}: {source}")]
+    Bind {
+        /// Where.
+        address: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Somebody else serves there.
+    #[error("another allocator serves on {}; stop it, or give this one another socket", .0.display())]
+    Taken(PathBuf),
+    /// A file that is no socket.
+    #[error("{} is not a socket; remove it, or give the allocator another path", .0.display())]
+    NoSocket(PathBuf),
+    /// Certificate, key or authority.
+    #[error("the certificates for {address} are not usable: {source}")]
+    Tls {
+        /// Where.
+        address: String,
+        /// What is wrong.
+        source: tonic::transport::Error,
+    },
+    /// It stopped by itself.
+    #[error("serving on {address} ended: {source}")]
+    Ended {
+        /// Where.
+        address: String,
+        /// What happened.
+        source: tonic::transport::Error,
+    },
+}
+
+/// A place to serve on, already bound.
+pub struct Listener {
+    address: String,
+    kind: Kind,
+}
+
+enum Kind {
+    Unix { listener: UnixListener, socket: Socket },
+    Tcp { listener: TcpListener, tls: Tls },
+}
+
+/// The socket's file, removed in the end unless another server has put its own there.
+struct Socket {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if fs::metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Listener {
+    /// A unix socket for root and this process' user. What a server that was killed has left there is replaced.
+    ///
+    /// # Errors
+    ///
+    /// When another server listens there, or the directory cannot be made or written.
+    pub fn unix(path: impl AsRef<Path>) -> Result<Self, ServeError> {
+        let path = path.as_ref();
+        let address = format!("unix:{}", path.display());
+        let failed = |source| ServeError::Bind { address: address.clone(), source };
+        match fs::symlink_metadata(path) {
+            Ok(meta) if !meta.file_type().is_socket() => return Err(ServeError::NoSocket(path.to_owned())),
+            Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+                return Err(ServeError::Taken(path.to_owned()));
+            }
+            _ => {}
+        }
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory).map_err(failed)?;
+        }
+        // Nobody finds the socket before it has its mode.
+        let mut draft = path.as_os_str().to_owned();
+        draft.push(format!(".{}", std::process::id()));
+        let draft = PathBuf::from(draft);
+        let _ = fs::remove_file(&draft);
+        let bound = UnixListener::bind(&draft).and_then(|listener| {
+            fs::set_permissions(&draft, fs::Permissions::from_mode(0o600))?;
+            let inode = fs::metadata(&draft)?.ino();
+            fs::rename(&draft, path)?;
+            Ok((listener, inode))
+        });
+        let (listener, inode) = bound.map_err(|source| {
+            let _ = fs::remove_file(&draft);
+            failed(source)
+        })?;
+        Ok(Self { address, kind: Kind::Unix { listener, socket: Socket { path: path.to_owned(), inode } } })
+    }
+
+    /// A TCP port, for clients that show a certificate.
+    ///
+    /// # Errors
+    ///
+    /// When the port is taken.
+    pub async fn tls(address: SocketAddr, tls: Tls) -> Result<Self, ServeError> {
+        let failed = |source| ServeError::Bind { address: address.to_string(), source };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?.to_string();
+        Ok(Self { address, kind: Kind::Tcp { listener, tls } })
+    }
+
+    /// Where it is, with the port that the system has chosen.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+}
+
+/// Answers on all listeners until `shutdown` returns. The allocator goes on.
+///
+/// # Errors
+///
+/// When one of the listeners cannot be served.
+pub async fn serve(
+    allocator: Allocator,
+    listeners: Vec<Listener>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let (end, ending) = watch::channel(false);
+    let mut servers = JoinSet::new();
+    for Listener { address, kind } in listeners {
+        let service = IpamServer::new(Service { allocator: allocator.clone(), ending: ending.clone() })
+            .max_decoding_message_size(MAX_MESSAGE)
+            .max_encoding_message_size(MAX_MESSAGE);
+        let mut server = Server::builder()
+            .tcp_nodelay(true)
+            .http2_keepalive_interval(Some(KEEP_ALIVE))
+            .http2_keepalive_timeout(Some(KEEP_ALIVE));
+        let mut ending = ending.clone();
+        let ended = async move {
+            // The sender outlives all servers.
+            let _ = ending.wait_for(|end| *end).await;
+        };
+        match kind {
+            Kind::Unix { listener, socket } => {
+                let router = server
+                    .add_service(tonic::service::interceptor::InterceptedService::new(service, local_only));
+                servers.spawn(async move {
+                    let result = on_unix(router, listener, ended).await;
+                    drop(socket);
+                    result.map_err(|source| ServeError::Ended { address, source })
+                });
+            }
+            Kind::Tcp { listener, tls } => {
+                let config = ServerTlsConfig::new()
+                    .identity(Identity::from_pem(&tls.certificate, &tls.key))
+                    .client_ca_root(Certificate::from_pem(&tls.ca));
+                let unusable = |source| ServeError::Tls { address: address.clone(), source };
+                let router = server.tls_config(config).map_err(unusable)?.add_service(service);
+                let incoming = wrappers::TcpListenerStream::new(listener);
+                servers.spawn(async move {
+                    let result = router.serve_with_incoming_shutdown(incoming, ended).await;
+                    result.map_err(|source| ServeError::Ended { address, source })
+                });
+            }
+        }
+    }
+    tokio::pin!(shutdown);
+    loop {
+        tokio::select! {
+            () = &mut shutdown => break,
+            // A server that ends by itself has failed; the others are of no use to those who ask it.
+            Some(ended) = servers.join_next() => if let Ok(result) = ended { result? },
+            else => {
+                shutdown.await;
+                break;
+            }
+        }
+    }
+    end.send_replace(true);
+    let farewell = async { while servers.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(FAREWELL, farewell).await;
+    servers.shutdown().await;
+    Ok(())
+}
+
+async fn on_unix(
+    router: Router,
+    listener: UnixListener,
+    ended: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    let incoming: Pin<Box<dyn Stream<Item = io::Result<UnixStream>> + Send>> =
+        Box::pin(wrappers::UnixListenerStream::new(listener));
+    router.serve_with_incoming_shutdown(incoming, ended).await
+}
+
+/// The socket's mode keeps others out already; a socket that was passed on, or a mode that was changed, does not let them in.
+fn local_only(request: Request<()>) -> Result<Request<()>, Status> {
+    let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
+    match peer {
+        Some(peer) if peer.uid() == 0 || Some(peer.uid()) == own_uid() => Ok(request),
+        Some(peer) => Err(Status::permission_denied(format!(
+            "user {} may not use the allocator's socket; only root and the allocator's own user may",
+            peer.uid()
+        ))),
+        None => Err(Status::permission_denied("the kernel does not say who is asking")),
+    }
+}
+
+fn own_uid() -> Option<u32> {
+    fs::metadata("/proc/self").ok().map(|meta| meta.uid())
+}
+
+struct Service {
+    allocator: Allocator,
+    ending: watch::Receiver<bool>,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl proto::ipam_server::Ipam for Service {
+    async fn allocate(&self, request: Request<proto::AllocateRequest>) -> Answer<proto::AllocateResponse> {
+        let (request, wait) = convert::read_allocate_request(request.into_inner())?;
+        let allocated = self.allocator.allocate(&request).await.map_err(|error| convert::error(&error))?;
+        if let Some(wait) = wait {
+            self.allocator.programmed(&allocated, wait).await.map_err(|error| convert::error(&error))?;
+        }
+        Ok(Response::new(proto::AllocateResponse { allocation: Some(convert::allocation(&allocated)) }))
+    }
+
+    async fn release(&self, request: Request<proto::ReleaseRequest>) -> Answer<proto::ReleaseResponse> {
+        let proto::ReleaseRequest { key, generation } = request.into_inner();
+        let key = convert::read_key(key)?;
+        let found = self.allocator.release(&key, generation).await.map_err(|error| convert::error(&error))?;
+        Ok(Response::new(proto::ReleaseResponse { released: found == Released::Now }))
+    }
+
+    async fn list(&self, request: Request<proto::ListRequest>) -> Answer<proto::ListResponse> {
+        let mut allocations = self.allocator.list(request.into_inner().node.as_deref());
+        allocations.sort_by(|a, b| (&a.node, &a.namespace, &a.name).cmp(&(&b.node, &b.namespace, &b.name)));
+        Ok(Response::new(proto::ListResponse {
+            allocations: allocations.iter().map(convert::allocation).collect(),
+        }))
+    }
+
+    type WatchStream = wrappers::ReceiverStream<Result<proto::WatchResponse, Status>>;
+
+    async fn watch(&self, request: Request<proto::WatchRequest>) -> Answer<Self::WatchStream> {
+        let proto::WatchRequest { node, from_revision } = request.into_inner();
+        let mut watch = self.allocator.watch(&node, from_revision);
+        let mut ending = self.ending.clone();
+        let confirmed =
+            self.allocator.nodes().iter().find(|known| known.name == node).map_or(0, |node| node.confirmed);
+        let (send, receive) = mpsc::channel(NOTICES);
+        tokio::spawn(async move {
+            // A watch that continues and has nothing to tell says that much, so that its client knows where it stands.
+            let mut first = tokio::select! {
+                biased;
+                notice = watch.next() => notice,
+                () = std::future::ready(()) => from_revision.map(|revision| Notice::Changes {
+                    revision,
+                    confirmed,
+                    changes: Vec::new(),
+                }),
+            };
+            loop {
+                let notice = match first.take() {
+                    Some(notice) => notice,
+                    None => tokio::select! {
+                        notice = watch.next() => match notice {
+                            Some(notice) => notice,
+                            None => break,
+                        },
+                        _ = ending.wait_for(|end| *end) => break,
+                        () = send.closed() => return,
+                    },
+                };
+                if send.send(Ok(convert::notice(&notice))).await.is_err() {
+                    return;
+                }
+            }
+            let _ = send.try_send(Err(convert::error(&crate::Error::Closed)));
+        });
+        Ok(Response::new(wrappers::ReceiverStream::new(receive)))
+    }
+
+    async fn acknowledge(
+        &self,
+        request: Request<proto::AcknowledgeRequest>,
+    ) -> Answer<proto::AcknowledgeResponse> {
+        let (node, acknowledgement) = convert::read_acknowledgement(request.into_inner())?;
+        self.allocator.ack(&node, acknowledgement);
+        Ok(Response::new(proto::AcknowledgeResponse {}))
+    }
+
+    async fn pools(&self, _: Request<proto::PoolsRequest>) -> Answer<proto::PoolsResponse> {
+        let pools = self.allocator.pools().iter().map(convert::pool).collect();
+        Ok(Response::new(proto::PoolsResponse { pools }))
+    }
+
+    async fn cooling(&self, _: Request<proto::CoolingRequest>) -> Answer<proto::CoolingResponse> {
+        let cooling = self.allocator.cooling().iter().map(convert::cooling).collect();
+        Ok(Response::new(proto::CoolingResponse { cooling }))
+    }
+
+    async fn leaks(&self, _: Request<proto::LeaksRequest>) -> Answer<proto::LeaksResponse> {
+        let leaks = self.allocator.leaks().iter().map(convert::leak).collect();
+        Ok(Response::new(proto::LeaksResponse { leaks }))
+    }
+
+    async fn subnets(&self, _: Request<proto::SubnetsRequest>) -> Answer<proto::SubnetsResponse> {
+        let subnets = self.allocator.subnets().iter().map(convert::subnet_use).collect();
+        Ok(Response::new(proto::SubnetsResponse { subnets }))
+    }
+
+    async fn add_subnet(
+        &self,
+        request: Request<proto::AddSubnetRequest>,
+    ) -> Answer<proto::AddSubnetResponse> {
+        let subnet = convert::read_subnet(request.into_inner().subnet)?;
+        self.allocator.add_subnet(subnet).await.map_err(|error| convert::error(&error))?;
+        Ok(Response::new(proto::AddSubnetResponse {}))
+    }
+
+    async fn put_node(&self, request: Request<proto::PutNodeRequest>) -> Answer<proto::PutNodeResponse> {
+        let node = convert::read_node(request.into_inner().node)?;
+        self.allocator.put_node(node).await.map_err(|error| convert::error(&error))?;
+        Ok(Response::new(proto::PutNodeResponse {}))
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<proto::DrainNodeRequest>,
+    ) -> Answer<proto::DrainNodeResponse> {
+        let node = request.into_inner().node;
+        self.allocator.drain_node(&node).await.map_err(|error| convert::error(&error))?;
+        Ok(Response::new(proto::DrainNodeResponse {}))
+    }
+
+    async fn confirm(&self, request: Request<proto::ConfirmRequest>) -> Answer<proto::ConfirmResponse> {
+        let what = convert::read_confirm(request.into_inner())?;
+        self.allocator.confirm(&what).await.map_err(|error| convert::error(&error))?;
+        Ok(Response::new(proto::ConfirmResponse {}))
+    }
+}

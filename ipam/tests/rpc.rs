@@ -1,0 +1,437 @@
+//! The service and its client: over both kinds of listener, and across the death of the server.
+
+#![expect(clippy::unwrap_used, reason = "test code")]
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use eniway_ipam::{
+    Acknowledgement, AddressRequest, AllocateRequest, AllocationChange, Allocator, Confirm, EmbeddedStore,
+    MemoryVpc, Node, NodeKind, Notice, Parent, PodKey, Policy, Settings, Subnet, SystemClock,
+    api::{RefusedByAgent, Released},
+    net::Mac,
+    rpc::{self, Address, Client, ClientError, Event, Follower, Listener, ServeError, Tls, proto::Reason},
+};
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+
+const SOON: Duration = Duration::from_secs(20);
+
+/// A VPC and a store that outlive the allocators and servers on them.
+struct World {
+    directory: tempfile::TempDir,
+    vpc: Arc<MemoryVpc>,
+}
+
+struct Running {
+    allocator: Allocator,
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<Result<(), ServeError>>,
+}
+
+impl Running {
+    async fn stop(self) {
+        let _ = self.stop.send(());
+        self.server.await.unwrap().unwrap();
+        self.allocator.close().await;
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        let vpc = Arc::new(MemoryVpc::new(Arc::new(SystemClock), 3));
+        vpc.add_subnet("net-a", "10.1.0.0/24".parse().unwrap(), None);
+        vpc.add_parent("eni-1", 64);
+        Self { directory: tempfile::tempdir().unwrap(), vpc }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path("run/ipam.sock")
+    }
+
+    async fn allocator(&self) -> Allocator {
+        let store = Arc::new(EmbeddedStore::open(self.path("ipam.redb")).unwrap());
+        let allocator = Allocator::open(Settings::default(), store, self.vpc.clone(), Arc::new(SystemClock))
+            .await
+            .unwrap();
+        allocator.add_subnet(subnet()).await.unwrap();
+        allocator.put_node(node("n", 64)).await.unwrap();
+        allocator.start();
+        allocator
+    }
+
+    async fn serve(&self, listeners: Vec<Listener>) -> Running {
+        let allocator = self.allocator().await;
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = tokio::spawn(rpc::serve(allocator.clone(), listeners, async {
+            let _ = stopped.await;
+        }));
+        Running { allocator, stop, server }
+    }
+
+    async fn on_socket(&self) -> Running {
+        self.serve(vec![Listener::unix(self.socket()).unwrap()]).await
+    }
+
+    fn client(&self) -> Client {
+        Client::new(Address::Unix(self.socket()), None).unwrap()
+    }
+}
+
+fn subnet() -> Subnet {
+    Subnet {
+        id: "net-a".into(),
+        ipv4: "10.1.0.0/24".parse().unwrap(),
+        gateway: [10, 1, 0, 1].into(),
+        gateway_mac: Mac([2, 0, 0, 0, 0, 1]),
+        ipv6: None,
+        gateway_ipv6: None,
+        mtu: 1500,
+    }
+}
+
+fn node(name: &str, limit: u32) -> Node {
+    Node {
+        name: name.into(),
+        kind: NodeKind::SubEni {
+            parents: vec![Parent { id: "eni-1".into(), interface: "eth1".into(), limit }],
+        },
+        policy: Policy::PreBound { minimum: 2, maximum: 4 },
+        dual_stack: false,
+        subnets: vec![],
+        security_groups: vec![],
+        draining: false,
+        confirmed: 0,
+    }
+}
+
+fn key(pod: &str) -> PodKey {
+    PodKey { uid: format!("uid-{pod}"), container_id: format!("container-{pod}") }
+}
+
+fn request(node: &str, pod: &str) -> AllocateRequest {
+    AllocateRequest {
+        node: node.into(),
+        key: key(pod),
+        namespace: "default".into(),
+        name: pod.into(),
+        netns: None,
+        interface: "eth0".into(),
+        address: AddressRequest::Pool,
+        security_groups: None,
+        timeout: None,
+    }
+}
+
+async fn next(follower: &mut Follower) -> Notice {
+    timeout(SOON, async {
+        loop {
+            if let Event::Notice(notice) = follower.next().await {
+                return notice;
+            }
+        }
+    })
+    .await
+    .unwrap()
+}
+
+/// The names of the pods after all notices, up to where one of them was told of.
+async fn follow_until(follower: &mut Follower, pods: &mut Vec<String>, name: &str) {
+    while !pods.iter().any(|pod| pod == name) {
+        match next(follower).await {
+            Notice::Snapshot { allocations, .. } => {
+                *pods = allocations.iter().map(|one| one.name.clone()).collect();
+            }
+            Notice::Changes { changes, .. } => {
+                for change in changes {
+                    match change {
+                        AllocationChange::Put(put) => pods.push(put.name.clone()),
+                        AllocationChange::Removed { key, .. } => {
+                            pods.retain(|pod| key.uid != format!("uid-{pod}"));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn everything_works_over_a_unix_socket() {
+    let world = World::new();
+    let running = world.on_socket().await;
+    let mode = fs::metadata(world.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let client = world.client();
+
+    let first = client.allocate(&request("n", "a"), None).await.unwrap();
+    let again = client.allocate(&request("n", "a"), None).await.unwrap();
+    assert_eq!(first, again);
+    assert_eq!(first.parent_interface.as_deref(), Some("eth1"));
+    assert_eq!(client.list(Some("n")).await.unwrap(), std::slice::from_ref(&first));
+    assert_eq!(client.list(Some("m")).await.unwrap(), []);
+    let pools = client.pools().await.unwrap();
+    assert_eq!((pools[0].node.as_str(), pools[0].pods, pools[0].limit), ("n", 1, 64));
+    assert_eq!(client.subnets().await.unwrap()[0].id, "net-a");
+
+    let stale = client.release(&key("a"), Some(first.generation + 1)).await.unwrap_err();
+    assert_eq!(stale.reason(), Some(Reason::StaleGeneration));
+    assert!(stale.to_string().contains("out of date"), "{stale}");
+    assert_eq!(client.release(&key("a"), Some(first.generation)).await.unwrap(), Released::Now);
+    assert_eq!(client.release(&key("a"), None).await.unwrap(), Released::NotAllocated);
+    assert_eq!(client.cooling().await.unwrap()[0].addresses, Some(first.addresses));
+    assert_eq!(client.leaks().await.unwrap(), []);
+
+    let unknown = client.allocate(&request("m", "b"), None).await.unwrap_err();
+    assert_eq!(unknown.reason(), Some(Reason::UnknownNode));
+    let overlap = Subnet { id: "net-b".into(), ..subnet() };
+    let refused = client.add_subnet(&overlap).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::SubnetOverlap));
+    assert!(refused.to_string().contains("overlaps net-a"), "{refused}");
+    client.put_node(&node("m", 8)).await.unwrap();
+    client.confirm(&Confirm::Node("m".into())).await.unwrap();
+    client.drain_node("m").await.unwrap();
+    running.stop().await;
+    assert!(!world.socket().exists());
+}
+
+#[tokio::test]
+async fn a_socket_has_one_server_and_outlives_a_killed_one() {
+    let world = World::new();
+    let first = Listener::unix(world.socket()).unwrap();
+    assert!(matches!(Listener::unix(world.socket()), Err(ServeError::Taken(_))));
+    // A killed server leaves its socket.
+    let left = world.path("left.sock");
+    drop(std::os::unix::net::UnixListener::bind(&left).unwrap());
+    assert!(left.exists());
+    drop(Listener::unix(&left).unwrap());
+    let file = world.path("file");
+    fs::write(&file, "precious").unwrap();
+    assert!(matches!(Listener::unix(&file), Err(ServeError::NoSocket(_))));
+    drop(first);
+}
+
+#[tokio::test]
+async fn allocation_waits_for_the_agent() {
+    let world = World::new();
+    let running = world.on_socket().await;
+    let client = world.client();
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.allocate(&request("n", "a"), Some(SOON)).await }
+    });
+    let mut follower = client.follow("n");
+    let mut pods = Vec::new();
+    follow_until(&mut follower, &mut pods, "a").await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!waiting.is_finished());
+    let revision = client.list(None).await.unwrap()[0].revision;
+    client.acknowledge("n", &Acknowledgement { revision, refused: vec![] }).await.unwrap();
+    waiting.await.unwrap().unwrap();
+
+    // What the agent refuses is said to who waits.
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.allocate(&request("n", "b"), Some(SOON)).await }
+    });
+    follow_until(&mut follower, &mut pods, "b").await;
+    let refused = vec![RefusedByAgent { key: key("b"), reason: "no such namespace".into() }];
+    client.acknowledge("n", &Acknowledgement { revision: revision + 100, refused }).await.unwrap();
+    let error = waiting.await.unwrap().unwrap_err();
+    assert_eq!(error.reason(), Some(Reason::RefusedByAgent));
+    assert!(error.to_string().contains("no such namespace"), "{error}");
+
+    let late = client.allocate(&request("m2", "c"), Some(Duration::ZERO)).await.unwrap_err();
+    assert_eq!(late.reason(), Some(Reason::UnknownNode));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_watch_continues_or_begins_with_a_snapshot() {
+    let world = World::new();
+    let running = world.on_socket().await;
+    let client = world.client();
+    client.allocate(&request("n", "a"), None).await.unwrap();
+
+    let mut watch = client.watch("n", None).await.unwrap();
+    let Notice::Snapshot { revision, allocations, .. } = watch.next().await.unwrap() else {
+        panic!("no snapshot")
+    };
+    assert_eq!(allocations.len(), 1);
+    client.allocate(&request("n", "b"), None).await.unwrap();
+    let Notice::Changes { changes, .. } = timeout(SOON, watch.next()).await.unwrap().unwrap() else {
+        panic!("no changes")
+    };
+    assert!(matches!(&changes[..], [AllocationChange::Put(put)] if put.name == "b"));
+
+    // From before: only what is new. From now: that nothing is. From what nobody remembers, or a future: everything.
+    let mut watch = client.watch("n", Some(revision)).await.unwrap();
+    let Notice::Changes { changes, revision: now, .. } = watch.next().await.unwrap() else {
+        panic!("no changes")
+    };
+    assert_eq!(changes.len(), 1);
+    let mut watch = client.watch("n", Some(now)).await.unwrap();
+    let Notice::Changes { changes, .. } = timeout(SOON, watch.next()).await.unwrap().unwrap() else {
+        panic!("no changes")
+    };
+    assert!(changes.is_empty());
+    let mut ahead = client.watch("n", Some(1 << 40)).await.unwrap();
+    assert!(
+        matches!(ahead.next().await.unwrap(), Notice::Snapshot { allocations, .. } if allocations.len() == 2)
+    );
+    running.stop().await;
+    let ended = timeout(SOON, watch.next()).await.unwrap().unwrap_err();
+    assert!(ended.is_away(), "{ended}");
+
+    // An allocator's memory of changes begins with its start.
+    let running = world.on_socket().await;
+    let client = client.patient(SOON);
+    let mut watch = client.watch("n", Some(revision)).await.unwrap();
+    assert!(
+        matches!(watch.next().await.unwrap(), Notice::Snapshot { allocations, .. } if allocations.len() == 2)
+    );
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn followers_and_patient_calls_survive_the_server() {
+    let world = World::new();
+    let client = world.client();
+    // Before there is a server at all.
+    let mut follower = client.follow("n");
+    let Event::Away(error) = follower.next().await else { panic!("a server where none is") };
+    assert!(error.is_away() && error.to_string().contains("ipam.sock"), "{error}");
+    let impatient = client.pools().await.unwrap_err();
+    assert!(matches!(impatient, ClientError::Unreachable { .. }));
+
+    let running = world.on_socket().await;
+    let mut pods = Vec::new();
+    client.allocate(&request("n", "a"), None).await.unwrap();
+    follow_until(&mut follower, &mut pods, "a").await;
+
+    running.stop().await;
+    let Event::Away(_) = timeout(SOON, follower.next()).await.unwrap() else { panic!("the server is gone") };
+    let patient = tokio::spawn({
+        let client = client.clone().patient(SOON);
+        async move { client.allocate(&request("n", "b"), None).await }
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!patient.is_finished());
+    let running = world.on_socket().await;
+    patient.await.unwrap().unwrap();
+    follow_until(&mut follower, &mut pods, "b").await;
+    pods.sort();
+    assert_eq!(pods, ["a", "b"]);
+    running.stop().await;
+}
+
+/// An authority, and certificates signed by it.
+struct Authority {
+    certificate: rcgen::Certificate,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut parameters = rcgen::CertificateParams::new(vec![]).unwrap();
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let certificate = parameters.self_signed(&key).unwrap();
+        Self { certificate, issuer: rcgen::Issuer::new(parameters, key) }
+    }
+
+    fn sign(&self, name: &str) -> Tls {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let parameters = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let certificate = parameters.signed_by(&key, &self.issuer).unwrap();
+        Tls {
+            ca: self.certificate.pem().into_bytes(),
+            certificate: certificate.pem().into_bytes(),
+            key: key.serialize_pem().into_bytes(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn tcp_wants_certificates_of_both_sides() {
+    let world = World::new();
+    let authority = Authority::new();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    let listener = Listener::tls(any, authority.sign("localhost")).await.unwrap();
+    let port: SocketAddr = listener.address().parse().unwrap();
+    let running = world.serve(vec![listener, Listener::unix(world.socket()).unwrap()]).await;
+    let address: Address = format!("https://localhost:{}", port.port()).parse().unwrap();
+
+    let client = Client::new(address.clone(), Some(&authority.sign("agent"))).unwrap();
+    assert_eq!(client.pools().await.unwrap()[0].node, "n");
+    client.allocate(&request("n", "a"), None).await.unwrap();
+    // Both listeners give the same allocator.
+    assert_eq!(world.client().list(None).await.unwrap().len(), 1);
+
+    // A certificate of somebody else, to either side, is of no use.
+    let stranger = Authority::new().sign("agent");
+    let own = authority.sign("agent");
+    for tls in
+        [Tls { ca: own.ca.clone(), ..stranger.clone() }, Tls { ca: stranger.ca.clone(), ..own.clone() }]
+    {
+        let error = timeout(SOON, Client::new(address.clone(), Some(&tls)).unwrap().pools()).await.unwrap();
+        assert!(matches!(error, Err(ClientError::Unreachable { .. })), "{error:?}");
+    }
+    assert!(matches!(Client::new(address, None), Err(ClientError::Tls { .. })));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_mode_that_was_opened_lets_nobody_else_in() {
+    let world = World::new();
+    let running = world.on_socket().await;
+    // Another user must be able to reach the socket for this; what stops him then are his credentials.
+    for path in [world.directory.path(), Path::new(&world.path("run"))] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    fs::set_permissions(world.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+    let me = fs::metadata("/proc/self").map(|meta| std::os::unix::fs::MetadataExt::uid(&meta)).unwrap();
+    if me != 0 {
+        return running.stop().await;
+    }
+    // The test itself again, as nobody: that one does no more than ask.
+    let ask = std::env::current_exe().unwrap();
+    let copy = world.path("ask");
+    fs::copy(ask, &copy).unwrap();
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+    let output = tokio::task::spawn_blocking({
+        let socket = world.socket();
+        move || {
+            std::process::Command::new("setpriv")
+                .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+                .arg(copy)
+                .args(["--exact", "ask_as_somebody_else", "--nocapture", "--ignored"])
+                .env("IPAM_SOCKET", socket)
+                .output()
+                .unwrap()
+        }
+    })
+    .await
+    .unwrap();
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("user 65534 may not use"), "{text}");
+    running.stop().await;
+}
+
+#[tokio::test]
+#[ignore = "run by a_mode_that_was_opened_lets_nobody_else_in"]
+async fn ask_as_somebody_else() {
+    let Ok(socket) = std::env::var("IPAM_SOCKET") else { return };
+    let client = Client::new(Address::Unix(socket.into()), None).unwrap();
+    println!("{}", client.pools().await.unwrap_err());
+}
