@@ -25,7 +25,11 @@ impl FromStr for Mac {
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or_else(error)?;
+            // `from_str_radix` alone would take a sign for a digit.
+            let part = parts
+                .next()
+                .filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
+                .ok_or_else(error)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
         }
         if parts.next().is_some() { Err(error()) } else { Ok(Self(bytes)) }
@@ -106,6 +110,27 @@ impl fmt::Display for Addresses {
         match self.ipv6 {
             Some(ipv6) => write!(f, "{} and {ipv6}", self.ipv4),
             None => self.ipv4.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mac_is_six_pairs_of_hexadecimal_digits() {
+        let mac: Mac = "fa:16:3e:00:01:0F".parse().unwrap();
+        assert_eq!(mac.to_string(), "fa:16:3e:00:01:0f");
+        for bad in [
+            "",
+            "fa:16:3e:00:01",
+            "fa:16:3e:00:01:02:03",
+            "fa:16:3e:00:01:+2",
+            "fa:16:3e:00:01:2",
+            "fa:16:3e:00:01:0g",
+        ] {
+            assert!(bad.parse::<Mac>().is_err(), "{bad}");
         }
     }
 }
