@@ -665,7 +665,10 @@ mod tests {
         assert_eq!(vpc.interfaces(), []);
         broken.store(false, Ordering::SeqCst);
         let made = vpc.create(request.clone()).await.unwrap();
-        assert_eq!((made.addresses.ipv4, &made.security_groups), ([10, 1, 0, 6].into(), &request.security_groups));
+        assert_eq!(
+            (made.addresses.ipv4, &made.security_groups),
+            ([10, 1, 0, 6].into(), &request.security_groups)
+        );
 
         broken.store(true, Ordering::SeqCst);
         failed(vpc.detach(&made.id).await.unwrap_err());

@@ -188,7 +188,9 @@ pub(super) fn commands(lab: &Lab) -> Result<()> {
     let heading = |text: &str| println!("\n{}", paint(BOLD, text));
     let enter = |netns: &crate::lab::Netns| format!("nsenter --net={}", netns.path().display());
     println!("\nThe lab is left standing. `cargo xtask lab down` (or `eniway-lab down`) removes it.");
-    println!("Its allocator ends with this program: the agents say that their source is away, and all is forwarded as before.");
+    println!(
+        "Its allocator ends with this program: the agents say that their source is away, and all is forwarded as before."
+    );
     heading("A pod's view:");
     for pod in lab.pods() {
         println!("  {} ip address        # {} on {}", enter(&pod.netns), pod.name, pod.node);

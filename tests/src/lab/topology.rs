@@ -22,7 +22,9 @@ use super::{
     netns::{Netns, NetnsGuard},
     nginx::{Access, Nginx},
     remains::{Places, Remains, is_name},
-    spec::{ELB_IP, Mac, NodeSpec, OUTSIDE_IP, PodSpec, Protocol, Source, Subnet, VM_IP, VipSpec, VmSpec, XdpMode},
+    spec::{
+        ELB_IP, Mac, NodeSpec, OUTSIDE_IP, PodSpec, Protocol, Source, Subnet, VM_IP, VipSpec, VmSpec, XdpMode,
+    },
 };
 
 /// A node of the lab.
@@ -386,12 +388,7 @@ impl LabBuilder {
     }
 
     /// Makes the pods' sub-ENIs: here, or by an allocator.
-    fn attach_pods(
-        &self,
-        places: &Places,
-        fabric: &Arc<Fabric>,
-        hosts: &mut Hosts,
-    ) -> Result<Option<Ipam>> {
+    fn attach_pods(&self, places: &Places, fabric: &Arc<Fabric>, hosts: &mut Hosts) -> Result<Option<Ipam>> {
         let Source::Allocator { cool_down } = self.source else {
             for pod in &hosts.pods {
                 fabric.attach_nic(&pod.port, pod.vlan, pod.ip, pod.mac, pod.eip)?;
@@ -561,7 +558,9 @@ impl Lab {
     ///
     /// When the lab was built with another [`Source`].
     pub fn ipam(&self) -> Result<&Ipam> {
-        self.ipam.as_ref().ok_or_else(|| Error::Unknown("allocator: build it with `Source::Allocator`".into()))
+        self.ipam
+            .as_ref()
+            .ok_or_else(|| Error::Unknown("allocator: build it with `Source::Allocator`".into()))
     }
 
     /// The load balancer.
@@ -667,6 +666,18 @@ impl Lab {
     pub fn agent(&self, node: &str) -> Result<&Agent> {
         let agent = self.agents.iter().find(|agent| agent.node() == node);
         agent.ok_or_else(|| Error::Unknown(format!("node {node}")))
+    }
+
+    /// Makes the namespace of one more pod, which nobody has allocated anything to yet. The lab removes it if its guard
+    /// cannot.
+    ///
+    /// # Errors
+    ///
+    /// When a member of the lab has this name.
+    pub fn sandbox(&self, name: &str) -> Result<NetnsGuard> {
+        let netns = self.remains.places().netns(name);
+        self.remains.note_netns(&netns)?;
+        NetnsGuard::create(netns.name())
     }
 
     /// What the nginx of a pod has answered so far.

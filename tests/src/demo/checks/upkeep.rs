@@ -133,18 +133,17 @@ fn during_transfers<T>(c: &Cast<'_>, act: impl FnOnce(&[Transfer]) -> Result<T>)
     thread::scope(|scope| {
         let running: Vec<_> =
             transfers.iter().map(|transfer| scope.spawn(|| transfer.run(&c.a.netns))).collect();
-        let result = wait_for("the transfers to begin", || {
-            transfers.iter().all(|transfer| transfer.so_far() > 0)
-        })
-        .and_then(|()| act(&transfers))
-        .and_then(|done| {
-            ensure!(
-                transfers.iter().all(|transfer| transfer.so_far() < large::LENGTH),
-                "a transfer was over too early: nothing is proved"
-            );
-            works(c, c.near)?;
-            Ok(done)
-        });
+        let result =
+            wait_for("the transfers to begin", || transfers.iter().all(|transfer| transfer.so_far() > 0))
+                .and_then(|()| act(&transfers))
+                .and_then(|done| {
+                    ensure!(
+                        transfers.iter().all(|transfer| transfer.so_far() < large::LENGTH),
+                        "a transfer was over too early: nothing is proved"
+                    );
+                    works(c, c.near)?;
+                    Ok(done)
+                });
         for transfer in &transfers {
             transfer.hurry.store(true, Ordering::Relaxed);
         }
