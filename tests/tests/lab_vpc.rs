@@ -11,13 +11,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use eniway_ipam::{AddressRequest, AllocateRequest, Allocation, PodKey, vpc::Violations};
+use eniway_ipam::{
+    AddressRequest, AllocateRequest, Allocation, MemoryVpc, PodKey, Vpc,
+    net::VlanId,
+    vpc::{Attachment, CreateInterface, Faults, Violations, VpcError, WantIpv6},
+};
 use eniway_tests::lab::{
     Error, Lab, Mac, Netns, Node, Result, Source,
     fabric::{Attached, Kind},
     net::{self, UdpEcho},
     raw::{self, Frame, Sniffer},
     spec::GATEWAY_MAC,
+    vpc::PODS_SUBNET,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -197,4 +202,79 @@ fn what_the_fabric_cannot_do_has_not_happened() -> Result<()> {
     assert_carried(&lab, n, &pod)?;
     first_packets_pass(&lab, here.netns(), ADDRESS)?;
     lab.shutdown()
+}
+
+/// Many callers at once, few places and addresses, calls that fail and lose their answers: the fabric has what the VPC's
+/// books say, each time all are done.
+#[test]
+fn books_and_tables_agree() -> Result<()> {
+    let lab = Lab::builder("v-books")
+        .source(Source::ALLOCATOR)
+        .node("n", [10, 1, 0, 10], [10, 1, 16, 10])
+        .node("m", [10, 1, 0, 11], [10, 1, 16, 11])
+        .build()?;
+    let vpc = lab.ipam()?.vpc();
+    vpc.set_faults(Faults { error: 0.1, reply_lost: 0.1, ..Faults::default() });
+    let mut most = 0;
+    for round in 0..20_u64 {
+        thread::scope(|scope| {
+            for caller in 0..4 {
+                scope.spawn(move || {
+                    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+                    runtime.block_on(call_at_random(vpc, round * 4 + caller));
+                });
+            }
+        });
+        let mut books: Vec<Attached> = Vec::new();
+        for interface in vpc.interfaces() {
+            let Some(Attachment::Parent { id, vlan }) = &interface.attachment else { continue };
+            let node = lab.nodes().iter().find(|node| node.parent_id() == *id).expect("a node of the lab");
+            books.push(Attached {
+                port: node.parent_port.clone(),
+                vlan: vlan.get(),
+                mac: Mac(interface.mac.0),
+                ip: interface.addresses.ipv4,
+                eip: None,
+            });
+        }
+        books.sort_unstable();
+        assert_eq!(sub_enis(&lab)?, books);
+        for nic in &books {
+            assert_eq!(lab.fabric().nic_of(nic.ip)?, (nic.port.clone(), nic.vlan, nic.mac));
+        }
+        most = most.max(books.len());
+    }
+    assert!(most > 4, "never more than {most} interfaces: nothing is proved");
+    lab.shutdown()
+}
+
+async fn call_at_random(vpc: &MemoryVpc, seed: u64) {
+    let mut random = fastrand::Rng::with_seed(seed);
+    for call in 0..50 {
+        let parent = random.choice(["eni-n", "eni-m"]).expect("one of two").to_owned();
+        let vlan = VlanId::new(random.u16(1..=6)).expect("a VLAN id");
+        let id = random.choice(vpc.interfaces()).map(|interface| interface.id).unwrap_or_default();
+        let result = match random.u8(..5) {
+            0 | 1 => {
+                let request = CreateInterface {
+                    token: format!("{seed}-{call}"),
+                    name: "any".into(),
+                    owner: "test".into(),
+                    parent: Some((parent, vlan)),
+                    subnet: PODS_SUBNET.into(),
+                    ipv4: random.bool().then(|| Ipv4Addr::new(10, 1, 18, random.u8(1..=8))),
+                    ipv6: WantIpv6::No,
+                    security_groups: Vec::new(),
+                };
+                vpc.create(request).await.map(drop)
+            }
+            2 => vpc.attach(&id, Attachment::Parent { id: parent, vlan }).await.map(drop),
+            3 => vpc.detach(&id).await,
+            _ => vpc.delete(&id).await,
+        };
+        // The books refuse what the fabric could not do: it never has to.
+        if let Err(VpcError::Failed { what }) = result {
+            assert!(what.contains("injected"), "{what}");
+        }
+    }
 }

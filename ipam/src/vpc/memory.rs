@@ -365,10 +365,10 @@ impl State {
         Ok(interface)
     }
 
-    fn attach(&mut self, id: &str, to: Attachment) -> Result<VpcInterface, VpcError> {
+    fn attach(&mut self, id: &str, to: &Attachment) -> Result<VpcInterface, VpcError> {
         let mut interface = self.known(id)?;
         match &interface.attachment {
-            Some(attached) if *attached == to => return Ok(interface),
+            Some(attached) if attached == to => return Ok(interface),
             Some(attached) => {
                 return Err(VpcError::Conflict {
                     what: format!("interface {id} is attached to {attached:?}"),
@@ -376,10 +376,10 @@ impl State {
             }
             None => {}
         }
-        self.check_room(&to)?;
+        self.check_room(to)?;
         interface.attachment = Some(to.clone());
         self.rewire(Rewire::Attach(&interface))?;
-        self.occupy(&to, id);
+        self.occupy(to, id);
         self.interfaces.insert(id.to_owned(), interface.clone());
         Ok(interface)
     }
@@ -582,7 +582,7 @@ impl Vpc for MemoryVpc {
     }
 
     async fn attach(&self, id: &str, to: Attachment) -> Result<VpcInterface, VpcError> {
-        self.call(Operation::Attach, |state| state.attach(id, to)).await
+        self.call(Operation::Attach, |state| state.attach(id, &to)).await
     }
 
     async fn detach(&self, id: &str) -> Result<(), VpcError> {
@@ -673,7 +673,7 @@ mod tests {
         broken.store(true, Ordering::SeqCst);
         failed(vpc.detach(&made.id).await.unwrap_err());
         failed(vpc.delete(&made.id).await.unwrap_err());
-        assert_eq!(vpc.interfaces(), [made.clone()]);
+        assert_eq!(vpc.interfaces(), std::slice::from_ref(&made));
         broken.store(false, Ordering::SeqCst);
         vpc.detach(&made.id).await.unwrap();
         // What changes nothing is not told.

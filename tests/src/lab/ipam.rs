@@ -50,13 +50,13 @@ impl Ipam {
         let path = dir.join("ipam.toml");
         let text = config(&dir, &socket, nodes, mtu, cool_down);
         fs::write(&path, &text).map_err(Error::io(format!("writing {}", path.display())))?;
-        let config = ipam::Config::parse(&text, &path).map_err(|error| Error::Ipam(error.to_string()))?;
+        let config = ipam::Config::parse(&text, &path).map_err(|error| failed(&error))?;
         let eips = pods.iter().filter_map(|pod| Some((pod.ip, pod.eip?))).collect();
         let vpc = Arc::new(vpc::of(fabric, nodes, eips)?);
         let callers = runtime("ipam-client")?;
         let client = {
             let _inside = callers.enter();
-            Client::new(Address::Unix(socket.clone()), None).map_err(refused)?.patient(READY)
+            Client::new(Address::Unix(socket.clone()), None).map_err(|error| failed(&error))?.patient(READY)
         };
         Ok(Self { socket, config, vpc, server: Mutex::new(None), client, callers })
     }
@@ -74,7 +74,7 @@ impl Ipam {
         let runtime = runtime("ipam")?;
         let (allocator, listeners) = runtime
             .block_on(ipam::open_with_vpc(&self.config, self.vpc.clone()))
-            .map_err(|error| Error::Ipam(error.to_string()))?;
+            .map_err(|error| failed(&error))?;
         runtime.spawn(async move {
             if let Err(error) = rpc::serve(allocator, listeners, std::future::pending()).await {
                 log::error!("{error}");
@@ -110,7 +110,7 @@ impl Ipam {
     where
         F: Future<Output = Result<T, ClientError>>,
     {
-        self.callers.block_on(call(self.client.clone())).map_err(refused)
+        self.callers.block_on(call(self.client.clone())).map_err(|error| failed(&error))
     }
 
     /// Allocates a pod's interface; with `wait`, returns when the node's agent has put it into the kernel.
@@ -187,6 +187,6 @@ fn runtime(name: &str) -> Result<Runtime> {
     runtime.map_err(Error::io(format!("starting the threads {name}")))
 }
 
-fn refused(error: ClientError) -> Error {
+fn failed(error: &dyn std::error::Error) -> Error {
     Error::Ipam(error.to_string())
 }
