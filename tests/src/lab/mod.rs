@@ -7,6 +7,9 @@
 //!                                  ╰─ VLAN 101 ── pod    (wired by the agent of the node)
 //! ```
 //!
+//! Where the agents know their pods from is a choice ([`Source`]): documents, which tests may change, or an allocator ([`Ipam`])
+//! with the fabric as its VPC ([`vpc`]).
+//!
 //! ```no_run
 //! use eniway_tests::lab::{http, Lab};
 //!
