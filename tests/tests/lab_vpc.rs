@@ -151,8 +151,10 @@ fn what_is_allocated_is_forwarded_and_what_is_released_is_not() -> Result<()> {
     let to = SocketAddrV4::new(ADDRESS, 7000);
     assert!(net::udp_exchange(&vm.netns, 4002, to, b"late", SHORT).is_err());
     assert_eq!(lab.fabric().count(Kind::NoRoute)?, 1);
-    let links = here.netns().exec(&["ip", "-br", "link"])?;
-    assert!(!links.contains("eth0"), "{links}");
+    // The agent hears of it by itself.
+    wait_until("the end of the pod's interface", || {
+        Ok(!here.netns().exec(&["ip", "-br", "link"])?.contains("eth0"))
+    })?;
 
     // The address goes with the pod's name; what it was on n stays dead.
     let moved = ipam.allocate(&request("m", there.netns(), fixed()), true)?;
@@ -193,9 +195,11 @@ fn what_the_fabric_cannot_do_has_not_happened() -> Result<()> {
     let error = ipam.allocate(&hurried, true).expect_err("the address is taken");
     assert!(matches!(&error, Error::Ipam(text) if text.contains("did not finish")), "{error}");
     assert_eq!(ipam.vpc().interfaces(), []);
-    let pools = ipam.ask(|client| async move { client.pools().await })?;
-    let problem = pools.iter().find_map(|pool| pool.problem.clone()).unwrap_or_default();
-    assert!(problem.contains("in the way") && problem.contains("10.1.18.9"), "{problem}");
+    wait_until("the VPC's complaint", || {
+        let pools = ipam.ask(|client| async move { client.pools().await })?;
+        let problem = pools.iter().find_map(|pool| pool.problem.clone()).unwrap_or_default();
+        Ok(problem.contains("in the way") && problem.contains("10.1.18.9"))
+    })?;
 
     lab.fabric().detach_nic(&n.parent_port, 4000)?;
     let pod = ipam.allocate(&request, true)?;
