@@ -103,7 +103,14 @@ fn first_packets_pass(lab: &Lab, pod: &Netns, ip: Ipv4Addr) -> Result<()> {
     let vm = lab.vm("vm")?;
     let (from_pod, to_pod) = (SocketAddrV4::new(vm.ip, 7000), SocketAddrV4::new(ip, 7000));
     let echo = UdpEcho::start(&vm.netns, from_pod)?;
-    assert_eq!(net::udp_exchange(pod, 4000, from_pod, b"first", SECOND)?.payload, b"first");
+    let answer = net::udp_exchange(pod, 4000, from_pod, b"first", SECOND);
+    let Ok(answer) = answer else {
+        let counters: Vec<String> =
+            lab.agents().iter().map(|agent| agent.cli(&["counters"])).collect::<Result<_>>()?;
+        let fabric = (lab.fabric().counts()?, lab.fabric().flows_between(ip, vm.ip, 7000)?);
+        panic!("{answer:?}; the VM saw {:?}; {fabric:?}; {}", echo.seen(), counters.join("\n"));
+    };
+    assert_eq!(answer.payload, b"first");
     assert_eq!(echo.seen(), [SocketAddrV4::new(ip, 4000)]);
     let _echo = UdpEcho::start(pod, to_pod)?;
     assert_eq!(net::udp_exchange(&vm.netns, 4001, to_pod, b"first", SECOND)?.payload, b"first");
