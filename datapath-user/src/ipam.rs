@@ -10,7 +10,7 @@ use std::{
 
 use eniway_ipam::{
     Allocator, EmbeddedStore, EtcdSettings, EtcdStore, EtcdTls, MemoryVpc, Node, NodeKind, Settings, Store,
-    Subnet, SystemClock,
+    Subnet, SystemClock, Vpc,
     rpc::{Address, Listener, ServeError, Tls},
 };
 use serde::Deserialize;
@@ -283,7 +283,7 @@ impl Config {
         let SettingsConfig { owner, vpc_calls, keep_revisions, .. } = self.settings.clone();
         let seconds = Duration::from_secs;
         let from = &self.settings;
-        let settings = Settings {
+        Settings {
             name: self.name.clone(),
             owner,
             cool_down: seconds(from.cool_down),
@@ -294,12 +294,6 @@ impl Config {
             vpc_calls,
             keep_revisions,
             ..Settings::default()
-        };
-        match self.vpc {
-            // After a restart it knows no interface any more, which must not be taken for the loss of all.
-            VpcConfig::Memory => {
-                Settings { leak_interval: Duration::from_secs(u64::from(u32::MAX)), ..settings }
-            }
         }
     }
 
@@ -361,10 +355,36 @@ impl Config {
 ///
 /// When something is taken, missing, or refused.
 pub async fn open(config: &Config) -> Result<(Allocator, Vec<Listener>), IpamError> {
+    let settings = match config.vpc {
+        // After a restart it knows no interface any more, which must not be taken for the loss of all.
+        VpcConfig::Memory => {
+            Settings { leak_interval: Duration::from_secs(u64::from(u32::MAX)), ..config.settings() }
+        }
+    };
+    open_on(config, settings, config.vpc()).await
+}
+
+/// As [`open`], with a VPC of the caller's own; the configuration's `vpc` is not looked at.
+///
+/// # Errors
+///
+/// As [`open`].
+pub async fn open_with_vpc(
+    config: &Config,
+    vpc: Arc<dyn Vpc>,
+) -> Result<(Allocator, Vec<Listener>), IpamError> {
+    open_on(config, config.settings(), vpc).await
+}
+
+async fn open_on(
+    config: &Config,
+    settings: Settings,
+    vpc: Arc<dyn Vpc>,
+) -> Result<(Allocator, Vec<Listener>), IpamError> {
     let mut listeners = Vec::new();
     let tls = config.tls.as_ref().map(TlsFiles::read).transpose()?;
     let store = config.store()?;
-    let allocator = Allocator::open(config.settings(), store, config.vpc(), Arc::new(SystemClock)).await?;
+    let allocator = Allocator::open(settings, store, vpc, Arc::new(SystemClock)).await?;
     for subnet in &config.subnets {
         allocator.add_subnet(subnet.clone()).await?;
     }

@@ -27,6 +27,7 @@ use std::{
     io,
     net::Ipv4Addr,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use datapath_common::abi::maps::SERVICE_MARK;
@@ -207,6 +208,9 @@ const RULE_MAIN: u32 = 2100;
 const RULE_PARENT: u32 = 2101;
 /// The first table of those with a default route by a parent, and how many there may be.
 const TABLES: std::ops::Range<u32> = 2100..2164;
+
+/// How long the pod's side may take to transmit.
+const CARRIER: Duration = Duration::from_secs(1);
 
 /// Wires a pod, or finds that it is wired, and repairs what is missing. A new host side stays down until [`open`].
 pub async fn wire(spec: &PodSpec) -> Result<Wired, WiringError> {
@@ -425,7 +429,33 @@ pub async fn open(spec: &PodSpec, host_interface: &str) -> Result<(), WiringErro
     let host = netlink.link(host_interface).await?;
     netlink.change_link(&host, LinkChange { up: true, ..LinkChange::default() }).await?;
     netlink.set_neighbour(&host, spec.ipv4, spec.mac).await?;
-    Ok(netlink.add_link_route(spec.ipv4.into(), &host, Existing::Replace).await?)
+    netlink.add_link_route(spec.ipv4.into(), &host, Existing::Replace).await?;
+    match &spec.netns {
+        Some(path) if !host.up => wait_for_carrier(spec, &Namespace::open(path)?).await,
+        _ => Ok(()),
+    }
+}
+
+/// Returns when the pod's side transmits. It was set up before the host's side and so without a carrier; the kernel gives
+/// it a queue some time later, in a work item that waits for the lock of all network settings, and until then drops what the pod sends.
+async fn wait_for_carrier(spec: &PodSpec, namespace: &Namespace) -> Result<(), WiringError> {
+    let name = spec.interface.clone();
+    in_pod(namespace, async move || {
+        let netlink = Netlink::open()?;
+        let end = Instant::now() + CARRIER;
+        // Since 6.8 the kernel catches up with itself before it answers.
+        while !netlink.link(&name).await?.operational {
+            if Instant::now() >= end {
+                log::warn!(
+                    "{name} has no carrier after {CARRIER:?}; what the pod sends is dropped until it has"
+                );
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
+    })
+    .await
 }
 
 fn set_all(settings: &[(sysctl::Key<'_>, &str)]) -> Result<(), SysctlError> {
@@ -705,6 +735,10 @@ mod tests {
             let netlink = Netlink::open().unwrap();
             assert!(!netlink.link(&first.host_interface).await.unwrap().up, "nothing guards it yet");
             open(&spec, &first.host_interface).await.unwrap();
+            // A list of all, unlike the look-up of one, shows the state as the kernel has acted on it.
+            let inside = Namespace::open(&path).unwrap();
+            let links = inside.run(async || Netlink::open().unwrap().links().await).await.unwrap().unwrap();
+            assert!(links.iter().any(|link| link.name == "eth0" && link.operational), "{links:?}");
 
             let again = wire(&spec).await.unwrap();
             assert!(again.adopted);

@@ -433,8 +433,8 @@ async fn rule_8_leaks_are_collected_after_two_sightings() {
     let foreign = world.vpc.create(create("somebody", 4001)).await.unwrap();
     let lost_idle =
         world.vpc.interfaces().into_iter().find(|i| i.owner == "eniway" && i.id != pod.vpc_id).unwrap();
-    world.vpc.lose(&lost_idle.id);
-    world.vpc.lose(&pod.vpc_id);
+    world.vpc.lose(&lost_idle.id).unwrap();
+    world.vpc.lose(&pod.vpc_id).unwrap();
 
     // Found at the start.
     world.restart().await;

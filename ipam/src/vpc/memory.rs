@@ -1,5 +1,5 @@
 //! A VPC in memory, as strict as a real one and stricter: it refuses and counts every violation, and it can be slow, fail,
-//! and lose its answers.
+//! and lose its answers. By itself it carries no packets; something that does can be put behind it.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
@@ -84,6 +84,17 @@ pub struct Violations {
     pub token_reused: u64,
 }
 
+/// A change of what is attached, for whatever carries the interfaces' packets.
+#[derive(Clone, Copy, Debug)]
+pub enum Rewire<'i> {
+    /// The interface is to be carried at its attachment, from now on.
+    Attach(&'i VpcInterface),
+    /// It is at its attachment no longer.
+    Detach(&'i VpcInterface),
+}
+
+type Carrier = Box<dyn Fn(Rewire<'_>) -> Result<(), String> + Send + Sync>;
+
 /// A [`Vpc`] in memory.
 pub struct MemoryVpc {
     clock: Arc<dyn Clock>,
@@ -104,6 +115,7 @@ struct State {
     in_use: HashSet<String>,
     quota: usize,
     next_id: u64,
+    carrier: Option<Carrier>,
 }
 
 struct Subnet {
@@ -144,8 +156,21 @@ impl MemoryVpc {
             in_use: HashSet::new(),
             quota: usize::MAX,
             next_id: 1,
+            carrier: None,
         };
         Self { clock, state: Mutex::new(state) }
+    }
+
+    /// Puts something behind the VPC that carries the packets of attached interfaces. It is told of every change before the
+    /// call that makes it returns, one at a time. What it says to be impossible does not happen: the call
+    /// fails with [`VpcError::Failed`] and nothing has changed.
+    #[must_use]
+    pub fn carried_by(
+        self,
+        carrier: impl Fn(Rewire<'_>) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.state().carrier = Some(Box::new(carrier));
+        self
     }
 
     /// Adds a subnet.
@@ -159,6 +184,15 @@ impl MemoryVpc {
             next: 0,
         };
         self.state().subnets.insert(id.to_owned(), subnet);
+    }
+
+    /// Takes an address for something else than the interfaces made here, such as a parent ENI.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such subnet, or the address is not of it or taken.
+    pub fn reserve(&self, subnet: &str, ipv4: Ipv4Addr) -> Result<(), VpcError> {
+        self.state().take_addresses(subnet, Some(ipv4), WantIpv6::No).map(drop)
     }
 
     /// Adds a parent ENI that can carry this many sub-ENIs.
@@ -197,10 +231,15 @@ impl MemoryVpc {
     }
 
     /// Deletes an interface behind the allocator's back.
-    pub fn lose(&self, id: &str) {
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or what carries it fails.
+    pub fn lose(&self, id: &str) -> Result<(), VpcError> {
         let mut state = self.state();
+        state.remove(id)?;
         state.in_use.remove(id);
-        state.remove(id);
+        Ok(())
     }
 
     /// All interfaces.
@@ -298,11 +337,8 @@ impl State {
         if let Some(attachment) = &attachment {
             self.check_room(attachment)?;
         }
-        let addresses = self.take_addresses(&request)?;
+        let addresses = self.take_addresses(&request.subnet, request.ipv4, request.ipv6)?;
         self.next_id += 1;
-        if let Some(attachment) = &attachment {
-            self.occupy(attachment, &id);
-        }
         let [.., a, b, c] = self.next_id.to_be_bytes();
         let interface = VpcInterface {
             id: id.clone(),
@@ -315,29 +351,87 @@ impl State {
             addresses,
             security_groups: request.security_groups.clone(),
         };
+        if interface.attachment.is_some()
+            && let Err(error) = self.rewire(Rewire::Attach(&interface))
+        {
+            self.free_addresses(&interface);
+            return Err(error);
+        }
+        if let Some(attachment) = &interface.attachment {
+            self.occupy(attachment, &id);
+        }
         self.interfaces.insert(id.clone(), interface.clone());
         self.tokens.insert(request.token.clone(), (request, id));
         Ok(interface)
     }
 
-    fn take_addresses(&mut self, request: &CreateInterface) -> Result<Addresses, VpcError> {
-        let unknown = || VpcError::NotFound { what: format!("subnet {}", request.subnet) };
-        let subnet = self.subnets.get_mut(&request.subnet).ok_or_else(unknown)?;
-        let ipv4 = match request.ipv4 {
-            None => {
-                subnet.free().ok_or_else(|| VpcError::SubnetExhausted { subnet: request.subnet.clone() })?
-            }
-            Some(ipv4) if !subnet.holds(ipv4) => {
-                return Err(VpcError::Invalid {
-                    what: format!("{ipv4} is not an address of subnet {}", request.subnet),
+    fn attach(&mut self, id: &str, to: &Attachment) -> Result<VpcInterface, VpcError> {
+        let mut interface = self.known(id)?;
+        match &interface.attachment {
+            Some(attached) if attached == to => return Ok(interface),
+            Some(attached) => {
+                return Err(VpcError::Conflict {
+                    what: format!("interface {id} is attached to {attached:?}"),
                 });
+            }
+            None => {}
+        }
+        self.check_room(to)?;
+        interface.attachment = Some(to.clone());
+        self.rewire(Rewire::Attach(&interface))?;
+        self.occupy(to, id);
+        self.interfaces.insert(id.to_owned(), interface.clone());
+        Ok(interface)
+    }
+
+    fn detach(&mut self, id: &str) -> Result<(), VpcError> {
+        let interface = self.known(id)?;
+        let Some(attachment) = &interface.attachment else { return Ok(()) };
+        self.rewire(Rewire::Detach(&interface))?;
+        if self.in_use.contains(id) {
+            self.violations.detached_in_use += 1;
+        }
+        self.vacate(attachment, id);
+        self.interfaces.insert(id.to_owned(), VpcInterface { attachment: None, ..interface });
+        Ok(())
+    }
+
+    fn delete(&mut self, id: &str) -> Result<(), VpcError> {
+        let interface = self.known(id)?;
+        if interface.kind == Kind::Eni && interface.attachment.is_some() {
+            return Err(VpcError::Conflict { what: format!("ENI {id} is attached") });
+        }
+        self.remove(id)?;
+        if self.in_use.contains(id) {
+            self.violations.deleted_in_use += 1;
+        }
+        Ok(())
+    }
+
+    fn rewire(&self, change: Rewire<'_>) -> Result<(), VpcError> {
+        let Some(carrier) = &self.carrier else { return Ok(()) };
+        carrier(change).map_err(|what| VpcError::Failed { what })
+    }
+
+    fn take_addresses(
+        &mut self,
+        id: &str,
+        ipv4: Option<Ipv4Addr>,
+        ipv6: WantIpv6,
+    ) -> Result<Addresses, VpcError> {
+        let unknown = || VpcError::NotFound { what: format!("subnet {id}") };
+        let subnet = self.subnets.get_mut(id).ok_or_else(unknown)?;
+        let ipv4 = match ipv4 {
+            None => subnet.free().ok_or_else(|| VpcError::SubnetExhausted { subnet: id.to_owned() })?,
+            Some(ipv4) if !subnet.holds(ipv4) => {
+                return Err(VpcError::Invalid { what: format!("{ipv4} is not an address of subnet {id}") });
             }
             Some(ipv4) => ipv4,
         };
-        let ipv6 = match (request.ipv6, subnet.ipv6) {
+        let ipv6 = match (ipv6, subnet.ipv6) {
             (WantIpv6::No, _) => None,
             (_, None) => {
-                return Err(VpcError::Invalid { what: format!("subnet {} has no IPv6", request.subnet) });
+                return Err(VpcError::Invalid { what: format!("subnet {id} has no IPv6") });
             }
             (WantIpv6::Any, Some(net)) => {
                 let host: u128 = u32::from(ipv4).into();
@@ -422,11 +516,18 @@ impl State {
         }
     }
 
-    fn remove(&mut self, id: &str) {
-        let Some(interface) = self.interfaces.remove(id) else { return };
+    fn remove(&mut self, id: &str) -> Result<(), VpcError> {
+        let interface = self.known(id)?;
         if let Some(attachment) = &interface.attachment {
+            self.rewire(Rewire::Detach(&interface))?;
             self.vacate(attachment, id);
         }
+        self.interfaces.remove(id);
+        self.free_addresses(&interface);
+        Ok(())
+    }
+
+    fn free_addresses(&mut self, interface: &VpcInterface) {
         if let Some(subnet) = self.subnets.get_mut(&interface.subnet) {
             subnet.used.remove(&interface.addresses.ipv4);
             subnet.freed.push(interface.addresses.ipv4);
@@ -477,53 +578,15 @@ impl Vpc for MemoryVpc {
     }
 
     async fn delete(&self, id: &str) -> Result<(), VpcError> {
-        self.call(Operation::Delete, |state| {
-            let interface = state.known(id)?;
-            if interface.kind == Kind::Eni && interface.attachment.is_some() {
-                return Err(VpcError::Conflict { what: format!("ENI {id} is attached") });
-            }
-            if state.in_use.contains(id) {
-                state.violations.deleted_in_use += 1;
-            }
-            state.remove(id);
-            Ok(())
-        })
-        .await
+        self.call(Operation::Delete, |state| state.delete(id)).await
     }
 
     async fn attach(&self, id: &str, to: Attachment) -> Result<VpcInterface, VpcError> {
-        self.call(Operation::Attach, |state| {
-            let mut interface = state.known(id)?;
-            match &interface.attachment {
-                Some(attached) if *attached == to => return Ok(interface),
-                Some(attached) => {
-                    return Err(VpcError::Conflict {
-                        what: format!("interface {id} is attached to {attached:?}"),
-                    });
-                }
-                None => {}
-            }
-            state.check_room(&to)?;
-            state.occupy(&to, id);
-            interface.attachment = Some(to);
-            state.interfaces.insert(id.to_owned(), interface.clone());
-            Ok(interface)
-        })
-        .await
+        self.call(Operation::Attach, |state| state.attach(id, &to)).await
     }
 
     async fn detach(&self, id: &str) -> Result<(), VpcError> {
-        self.call(Operation::Detach, |state| {
-            let mut interface = state.known(id)?;
-            let Some(attachment) = interface.attachment.take() else { return Ok(()) };
-            if state.in_use.contains(id) {
-                state.violations.detached_in_use += 1;
-            }
-            state.vacate(&attachment, id);
-            state.interfaces.insert(id.to_owned(), interface);
-            Ok(())
-        })
-        .await
+        self.call(Operation::Detach, |state| state.detach(id)).await
     }
 
     async fn list(&self, owner: &str, page: Option<String>) -> Result<Page, VpcError> {
@@ -553,5 +616,78 @@ impl Vpc for MemoryVpc {
             Ok(subnets.iter().filter_map(usage).collect())
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::SystemClock;
+
+    #[tokio::test]
+    async fn what_its_carrier_cannot_do_does_not_happen() {
+        let (broken, told) = (Arc::new(AtomicBool::new(true)), Arc::new(Mutex::new(Vec::new())));
+        let (breaks, tell) = (broken.clone(), told.clone());
+        let vpc = MemoryVpc::new(Arc::new(SystemClock), 1).carried_by(move |change| {
+            if breaks.load(Ordering::SeqCst) {
+                return Err("the switch is broken".to_owned());
+            }
+            let (word, interface) = match change {
+                Rewire::Attach(interface) => ("attach", interface),
+                Rewire::Detach(interface) => ("detach", interface),
+            };
+            tell.lock().unwrap().push(format!("{word} {:?}", interface.attachment));
+            Ok(())
+        });
+        // One address: a failed call that kept it would make the next one fail.
+        vpc.add_subnet("net", "10.1.0.0/29".parse().unwrap(), None);
+        vpc.reserve("net", [10, 1, 0, 4].into()).unwrap();
+        vpc.reserve("net", [10, 1, 0, 5].into()).unwrap();
+        assert!(matches!(vpc.reserve("net", [10, 1, 0, 5].into()), Err(VpcError::AddressTaken { .. })));
+        vpc.add_parent("eni", 1);
+        let vlan = VlanId::new(7).unwrap();
+        let request = CreateInterface {
+            token: "t".to_owned(),
+            name: "i".to_owned(),
+            owner: "o".to_owned(),
+            parent: Some(("eni".to_owned(), vlan)),
+            subnet: "net".to_owned(),
+            ipv4: None,
+            ipv6: WantIpv6::No,
+            security_groups: vec!["sg-1".to_owned()],
+        };
+        let failed = |error: VpcError| assert!(error.to_string().contains("the switch is broken"), "{error}");
+        let place = Attachment::Parent { id: "eni".to_owned(), vlan };
+
+        failed(vpc.create(request.clone()).await.unwrap_err());
+        assert_eq!(vpc.interfaces(), []);
+        broken.store(false, Ordering::SeqCst);
+        let made = vpc.create(request.clone()).await.unwrap();
+        assert_eq!(
+            (made.addresses.ipv4, &made.security_groups),
+            ([10, 1, 0, 6].into(), &request.security_groups)
+        );
+
+        broken.store(true, Ordering::SeqCst);
+        failed(vpc.detach(&made.id).await.unwrap_err());
+        failed(vpc.delete(&made.id).await.unwrap_err());
+        assert_eq!(vpc.interfaces(), std::slice::from_ref(&made));
+        broken.store(false, Ordering::SeqCst);
+        vpc.detach(&made.id).await.unwrap();
+        // What changes nothing is not told.
+        vpc.detach(&made.id).await.unwrap();
+        broken.store(true, Ordering::SeqCst);
+        failed(vpc.attach(&made.id, place.clone()).await.unwrap_err());
+        assert_eq!(vpc.interfaces()[0].attachment, None);
+        broken.store(false, Ordering::SeqCst);
+        vpc.attach(&made.id, place).await.unwrap();
+        vpc.delete(&made.id).await.unwrap();
+        let words: Vec<String> = told.lock().unwrap().clone();
+        let at = "Some(Parent { id: \"eni\", vlan: VlanId(7) })";
+        assert_eq!(words, ["attach", "detach", "attach", "detach"].map(|word| format!("{word} {at}")));
+        // The address asked for twice.
+        assert_eq!(vpc.violations(), Violations { double_address: 1, ..Violations::default() });
     }
 }

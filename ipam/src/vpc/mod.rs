@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::net::{Addresses, Mac, VlanId};
-pub use memory::{Fault, Faults, MemoryVpc, Operation, Violations};
+pub use memory::{Fault, Faults, MemoryVpc, Operation, Rewire, Violations};
 
 /// What kind of network interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -19,7 +19,7 @@ use self::{
     interrupt::Interrupt,
     report::{CheckLine, Report},
 };
-use crate::lab::{self, Lab, XdpMode, large};
+use crate::lab::{self, Lab, Source, XdpMode, large};
 
 /// The lab that the demo builds, and `eniway-lab down` removes.
 pub const LAB: &str = "demo";
@@ -87,7 +87,11 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<bool> {
 
 fn build(options: &Options, interrupt: &Interrupt) -> Result<Lab> {
     let start = Instant::now();
-    let lab = Lab::walkthrough(LAB).fast_path(options.fast_path).xdp(options.xdp).build()?;
+    let lab = Lab::walkthrough(LAB)
+        .source(Source::ALLOCATOR)
+        .fast_path(options.fast_path)
+        .xdp(options.xdp)
+        .build()?;
     interrupt.check()?;
     lab.make_large_file(large::LENGTH)?;
     lab.start_agents()?;

@@ -36,7 +36,7 @@ pub(super) fn headline(lab: &Lab, options: &Options, took: Duration) -> Result<(
         options.xdp.name()
     );
     println!(
-        "{} nodes with an agent each, {} pods with nginx: up in {:.1} s\n",
+        "{} nodes with an agent each, {} pods with nginx, allocated by static mode: up in {:.1} s\n",
         lab.nodes().len(),
         lab.pods().len(),
         took.as_secs_f32()
@@ -188,6 +188,9 @@ pub(super) fn commands(lab: &Lab) -> Result<()> {
     let heading = |text: &str| println!("\n{}", paint(BOLD, text));
     let enter = |netns: &crate::lab::Netns| format!("nsenter --net={}", netns.path().display());
     println!("\nThe lab is left standing. `cargo xtask lab down` (or `eniway-lab down`) removes it.");
+    println!(
+        "Its allocator ends with this program: the agents say that their source is away, and all is forwarded as before."
+    );
     heading("A pod's view:");
     for pod in lab.pods() {
         println!("  {} ip address        # {} on {}", enter(&pod.netns), pod.name, pod.node);

@@ -33,12 +33,16 @@ pub struct Agent {
     places: Places,
     dir: PathBuf,
     pin_dir: PathBuf,
+    /// Whether its source is a document.
+    reads_document: bool,
     child: Mutex<Option<Child>>,
     leave: bool,
 }
 
 /// What all agents of a lab are told.
 pub(super) struct Settings<'a> {
+    /// The socket of their source; a document for each if there is none.
+    pub(super) allocator: Option<&'a Path>,
     pub(super) fast_path: bool,
     pub(super) xdp: XdpMode,
     pub(super) host_prefixes: &'a [String],
@@ -47,7 +51,7 @@ pub(super) struct Settings<'a> {
 }
 
 impl Agent {
-    /// Writes the configuration and the document of a node.
+    /// Writes the configuration of a node, and its document if that is the source.
     pub(super) fn prepare(
         places: &Places,
         node: &str,
@@ -63,26 +67,34 @@ impl Agent {
             places: places.clone(),
             pin_dir: places.pins().join(node),
             dir,
+            reads_document: settings.allocator.is_none(),
             child: Mutex::new(None),
             leave: false,
         };
         let prefixes: Vec<String> =
             settings.host_prefixes.iter().map(|prefix| format!("{prefix:?}")).collect();
+        let source = match settings.allocator {
+            None => format!("kind = \"file\"\npath = {:?}", agent.source()),
+            Some(socket) => {
+                format!("kind = \"grpc\"\naddress = {:?}", format!("unix:{}", socket.display()))
+            }
+        };
         let config = format!(
             "node = {node:?}\npin_dir = {:?}\nrun_dir = {:?}\nfast_path = {:?}\nlog = \"debug\"\n\n\
-             [source]\nkind = \"file\"\npath = {:?}\n\n\
+             [source]\n{source}\n\n\
              [[parent]]\ninterface = \"eth1\"\nxdp = {:?}\n\n\
              [host]\nprefixes = [{}]\n",
             agent.pin_dir,
             agent.run_dir(),
             if settings.fast_path { "all" } else { "off" },
-            agent.source(),
             settings.xdp.name(),
             prefixes.join(", "),
         );
         let path = agent.config();
         fs::write(&path, config).map_err(Error::io(format!("writing {}", path.display())))?;
-        agent.write(&document(pods, settings))?;
+        if agent.reads_document {
+            agent.write(&document(pods, settings))?;
+        }
         Ok(agent)
     }
 
@@ -91,7 +103,7 @@ impl Agent {
         self.dir.join("agent.toml")
     }
 
-    /// Its file source.
+    /// Its document, if that is its source.
     pub fn source(&self) -> PathBuf {
         self.dir.join("pods.json")
     }
@@ -155,13 +167,13 @@ impl Agent {
         Ok(())
     }
 
-    /// Waits until it is ready, with the newest document.
+    /// Waits until it is ready; if its source is a document, with the newest one.
     ///
     /// # Errors
     ///
     /// When it ends, or is not ready in time; the message holds the end of its log.
     pub fn wait_ready(&self, limit: Duration) -> Result<()> {
-        let revision = self.document()?["revision"].clone();
+        let revision = if self.reads_document { self.document()?["revision"].clone() } else { Value::Null };
         self.wait_status("ready", limit, |status| {
             status["ready"] == true && status["revision"].as_i64() >= revision.as_i64()
         })

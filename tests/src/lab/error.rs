@@ -60,6 +60,12 @@ pub enum Error {
         /// Where it logs.
         log: PathBuf,
     },
+    /// The VPC cannot do what is asked.
+    #[error("the VPC: {0}")]
+    Vpc(String),
+    /// The allocator, or a question to it.
+    #[error("the lab's allocator: {0}")]
+    Ipam(String),
     /// The lab does not have what was asked for.
     #[error("the lab has no {0}")]
     Unknown(String),

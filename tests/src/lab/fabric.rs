@@ -93,6 +93,21 @@ pub struct FlowRecord {
     pub bytes: u64,
 }
 
+/// A NIC or sub-ENI as the fabric has it in its tables.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Attached {
+    /// The port, such as `node-167-e1`.
+    pub port: String,
+    /// VLAN id on it; 0 = untagged.
+    pub vlan: u16,
+    /// Its MAC.
+    pub mac: Mac,
+    /// Its address.
+    pub ip: Ipv4Addr,
+    /// Its elastic IP.
+    pub eip: Option<Ipv4Addr>,
+}
+
 /// A port of the fabric to be connected: one veth pair.
 pub(super) struct Port {
     /// The fabric's end.
@@ -307,6 +322,28 @@ impl Fabric {
     /// When the map cannot be changed.
     pub fn clear_flows(&self) -> Result<()> {
         clear_per_cpu(&self.flow_log, "map FLOW_LOG")
+    }
+
+    /// Everything that is attached, in the order of ports and VLAN ids.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn attached(&self) -> Result<Vec<Attached>> {
+        let nics = lock(&self.nics);
+        let mut all = Vec::new();
+        for entry in nics.iter() {
+            let (_, Raw(nic)) = entry.map_err(|e| Error::bpf("map NICS", &e))?;
+            all.push(Attached {
+                port: self.port_name(nic.at.ifindex),
+                vlan: nic.at.vid,
+                mac: Mac(nic.mac),
+                ip: nic.ip.into(),
+                eip: (nic.eip != [0; 4]).then(|| nic.eip.into()),
+            });
+        }
+        all.sort_unstable();
+        Ok(all)
     }
 
     /// Where the NIC with this address is: port, VLAN id (0 = untagged), MAC.

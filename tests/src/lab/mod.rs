@@ -7,6 +7,9 @@
 //!                                  ╰─ VLAN 101 ── pod    (wired by the agent of the node)
 //! ```
 //!
+//! Where the agents know their pods from is a choice ([`Source`]): documents, which tests may change, or an allocator ([`Ipam`])
+//! with the fabric as its VPC ([`vpc`]).
+//!
 //! ```no_run
 //! use eniway_tests::lab::{http, Lab};
 //!
@@ -27,6 +30,7 @@ pub mod elb;
 pub mod error;
 pub mod fabric;
 pub mod http;
+pub mod ipam;
 pub mod large;
 pub mod net;
 pub mod netns;
@@ -36,14 +40,16 @@ mod remains;
 pub mod spec;
 mod sys;
 mod topology;
+pub mod vpc;
 
 pub use agent::Agent;
 pub use error::{Error, Result};
 pub use fabric::Fabric;
+pub use ipam::Ipam;
 pub use netns::{Netns, NetnsGuard};
 pub use remains::remove;
 pub use spec::{
-    ELB_IP, GATEWAY_MAC, Mac, NodeSpec, OUTSIDE_IP, PodSpec, Protocol, Subnet, VM_IP, VipSpec, VmSpec,
-    XdpMode,
+    ELB_IP, GATEWAY_MAC, Mac, NodeSpec, OUTSIDE_IP, PodSpec, Protocol, Source, Subnet, VM_IP, VipSpec,
+    VmSpec, XdpMode,
 };
 pub use topology::{Client, Lab, LabBuilder, Node, Pod};

@@ -1,6 +1,6 @@
 //! The description of a topology: what [`LabBuilder`](super::LabBuilder) takes and [`Lab`](super::Lab) shows.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{fmt, net::Ipv4Addr, time::Duration};
 
 /// An Ethernet address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,7 +103,7 @@ pub struct PodSpec {
     pub node: String,
     /// Address, in [`Subnet::PODS`].
     pub ip: Ipv4Addr,
-    /// VLAN id on the node's parent ENI.
+    /// VLAN id on the node's parent ENI. An allocator chooses its own.
     pub vlan: u16,
     /// Elastic IP, if the pod may reach and be reached from outside.
     pub eip: Option<Ipv4Addr>,
@@ -155,6 +155,25 @@ impl Protocol {
             Self::Udp => "udp",
         }
     }
+}
+
+/// Where the agents know their pods from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Source {
+    /// A document for each node, which tests may change. The lab attaches the pods' sub-ENIs to the fabric itself.
+    #[default]
+    File,
+    /// An allocator, which gets the pods' addresses, by static mode, from the fabric's VPC API. VLAN ids and MACs are
+    /// those that it gives.
+    Allocator {
+        /// How long what is released rests, in whole seconds.
+        cool_down: Duration,
+    },
+}
+
+impl Source {
+    /// An allocator with the default cool-down of 60 s.
+    pub const ALLOCATOR: Self = Self::Allocator { cool_down: Duration::from_secs(60) };
 }
 
 /// How the agents use XDP on the parent ENIs.

@@ -17,11 +17,14 @@ use super::{
     elb::{Elb, Listener},
     error::{Error, Result},
     fabric::{Fabric, Port},
+    ipam::Ipam,
     large,
     netns::{Netns, NetnsGuard},
     nginx::{Access, Nginx},
     remains::{Places, Remains, is_name},
-    spec::{ELB_IP, Mac, NodeSpec, OUTSIDE_IP, PodSpec, Protocol, Subnet, VM_IP, VipSpec, VmSpec, XdpMode},
+    spec::{
+        ELB_IP, Mac, NodeSpec, OUTSIDE_IP, PodSpec, Protocol, Source, Subnet, VM_IP, VipSpec, VmSpec, XdpMode,
+    },
 };
 
 /// A node of the lab.
@@ -43,6 +46,13 @@ pub struct Node {
     pub primary_port: String,
     /// The fabric's port of `eth1`: `<name>-e1`.
     pub parent_port: String,
+}
+
+impl Node {
+    /// The VPC's id of the parent ENI.
+    pub fn parent_id(&self) -> String {
+        format!("eni-{}", self.name)
+    }
 }
 
 /// A pod of the lab.
@@ -101,6 +111,7 @@ pub struct LabBuilder {
     pods: Vec<PodSpec>,
     vms: Vec<VmSpec>,
     vips: Vec<VipSpec>,
+    source: Source,
     fast_path: bool,
     xdp: XdpMode,
     mtu: u32,
@@ -175,6 +186,13 @@ impl LabBuilder {
         })
     }
 
+    /// Where the agents know their pods from; a file unless said here.
+    #[must_use]
+    pub fn source(mut self, source: Source) -> Self {
+        self.source = source;
+        self
+    }
+
     /// Whether the agents run with `fast_path = "all"` (the default) or `"off"`.
     #[must_use]
     pub fn fast_path(mut self, on: bool) -> Self {
@@ -223,17 +241,19 @@ impl LabBuilder {
         // First, so that it goes last: also when the next line fails.
         let remains = Remains::begin(&self.id)?;
         let places = remains.places().clone();
-        let hosts = self.make_hosts(&remains)?;
+        let mut hosts = self.make_hosts(&remains)?;
         let fabric = Arc::new(self.make_fabric(&places, &hosts)?);
         self.address(&hosts)?;
+        let ipam = self.attach_pods(&places, &fabric, &mut hosts)?;
         let nginx = self.start_nginx(&places, &hosts)?;
-        let agents = self.prepare_agents(&places, &hosts)?;
+        let agents = self.prepare_agents(&places, &hosts, ipam.as_ref())?;
         let listeners = self.vips.iter().map(|vip| self.listener(vip)).collect();
         let elb = Elb::start(Arc::clone(&fabric), &hosts.elb.netns, listeners)?;
         Ok(Lab {
             elb,
             agents,
             nginx,
+            ipam,
             fabric,
             hosts,
             vips: self.vips.iter().map(|vip| SocketAddrV4::new(vip.ip, vip.port)).collect(),
@@ -364,10 +384,21 @@ impl LabBuilder {
             fabric.attach_nic(&node.primary_port, 0, node.ip, node.mac, None)?;
             fabric.attach_nic(&node.parent_port, 0, node.parent_ip, node.parent_mac, None)?;
         }
-        for pod in &hosts.pods {
-            fabric.attach_nic(&pod.port, pod.vlan, pod.ip, pod.mac, pod.eip)?;
-        }
         Ok(fabric)
+    }
+
+    /// Makes the pods' sub-ENIs: here, or by an allocator.
+    fn attach_pods(&self, places: &Places, fabric: &Arc<Fabric>, hosts: &mut Hosts) -> Result<Option<Ipam>> {
+        let Source::Allocator { cool_down } = self.source else {
+            for pod in &hosts.pods {
+                fabric.attach_nic(&pod.port, pod.vlan, pod.ip, pod.mac, pod.eip)?;
+            }
+            return Ok(None);
+        };
+        let ipam = Ipam::prepare(&places.run(), fabric, &hosts.nodes, &hosts.pods, self.mtu, cool_down)?;
+        ipam.start()?;
+        ipam.admit(&mut hosts.pods)?;
+        Ok(Some(ipam))
     }
 
     /// Addresses and routes as the cloud's images set them up.
@@ -409,8 +440,9 @@ impl LabBuilder {
         Ok(all)
     }
 
-    fn prepare_agents(&self, places: &Places, hosts: &Hosts) -> Result<Vec<Agent>> {
+    fn prepare_agents(&self, places: &Places, hosts: &Hosts, ipam: Option<&Ipam>) -> Result<Vec<Agent>> {
         let settings = Settings {
+            allocator: ipam.map(Ipam::socket),
             fast_path: self.fast_path,
             xdp: self.xdp,
             host_prefixes: &self.host_prefixes,
@@ -458,6 +490,7 @@ pub struct Lab {
     elb: Elb,
     agents: Vec<Agent>,
     nginx: Vec<Nginx>,
+    ipam: Option<Ipam>,
     fabric: Arc<Fabric>,
     hosts: Hosts,
     vips: Vec<SocketAddrV4>,
@@ -475,6 +508,7 @@ impl Lab {
             pods: Vec::new(),
             vms: Vec::new(),
             vips: Vec::new(),
+            source: Source::File,
             fast_path: true,
             xdp: XdpMode::Off,
             mtu: 1500,
@@ -516,6 +550,17 @@ impl Lab {
     /// The fabric.
     pub fn fabric(&self) -> &Fabric {
         &self.fabric
+    }
+
+    /// The allocator.
+    ///
+    /// # Errors
+    ///
+    /// When the lab was built with another [`Source`].
+    pub fn ipam(&self) -> Result<&Ipam> {
+        self.ipam
+            .as_ref()
+            .ok_or_else(|| Error::Unknown("allocator: build it with `Source::Allocator`".into()))
     }
 
     /// The load balancer.
@@ -596,14 +641,16 @@ impl Lab {
         self.vips.first().copied().ok_or_else(|| Error::Unknown("VIP".into()))
     }
 
-    /// Starts the agents of all nodes at once and waits until all are ready.
+    /// Starts the agents of all nodes at once and waits until all are ready, and have told the allocator, if there is one,
+    /// that all pods are in the kernel.
     ///
     /// # Errors
     ///
     /// When one ends or is not ready in time; the message holds the end of its log.
     pub fn start_agents(&self) -> Result<()> {
         self.agents.iter().try_for_each(Agent::start)?;
-        self.agents.iter().try_for_each(|agent| agent.wait_ready(READY))
+        self.agents.iter().try_for_each(|agent| agent.wait_ready(READY))?;
+        self.ipam.as_ref().map_or(Ok(()), |ipam| ipam.wait_programmed(self.pods()))
     }
 
     /// All agents, started or not.
@@ -619,6 +666,18 @@ impl Lab {
     pub fn agent(&self, node: &str) -> Result<&Agent> {
         let agent = self.agents.iter().find(|agent| agent.node() == node);
         agent.ok_or_else(|| Error::Unknown(format!("node {node}")))
+    }
+
+    /// Makes the namespace of one more pod, which nobody has allocated anything to yet. The lab removes it if its guard
+    /// cannot.
+    ///
+    /// # Errors
+    ///
+    /// When a member of the lab has this name.
+    pub fn sandbox(&self, name: &str) -> Result<NetnsGuard> {
+        let netns = self.remains.places().netns(name);
+        self.remains.note_netns(&netns)?;
+        NetnsGuard::create(netns.name())
     }
 
     /// What the nginx of a pod has answered so far.
@@ -650,8 +709,8 @@ impl Lab {
         self.next_port.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Leaves the lab standing; [`remove`](super::remove) takes it down, from any process. The health checks end
-    /// with this process: the ELB's backends keep the state that they have.
+    /// Leaves the lab standing; [`remove`](super::remove) takes it down, from any process. The health checks and the
+    /// allocator end with this process: the ELB's backends keep the state that they have, and the pods what they got.
     pub fn keep(mut self) {
         self.hosts.guards.iter_mut().for_each(NetnsGuard::keep);
         self.agents.iter_mut().for_each(Agent::leave);
@@ -665,8 +724,8 @@ impl Lab {
     ///
     /// When something resists.
     pub fn shutdown(self) -> Result<()> {
-        let Self { elb, agents, nginx, fabric, hosts, remains, .. } = self;
-        drop((elb, agents, nginx, fabric, hosts));
+        let Self { elb, agents, nginx, ipam, fabric, hosts, remains, .. } = self;
+        drop((elb, agents, nginx, ipam, fabric, hosts));
         remains.finish()
     }
 }

@@ -1,5 +1,6 @@
 //! The checks of the walk-through. Each proves what it says by looking at both ends and at the fabric between them.
 
+mod allocator;
 mod elb;
 mod host;
 mod pods;
@@ -34,6 +35,7 @@ pub struct Check {
 
 /// All checks, in the order in which they run.
 pub const ALL: &[Check] = &[
+    Check { name: "allocated/static", run: allocator::allocated_static },
     Check { name: "pod-to-pod/same-node", run: pods::same_node },
     Check { name: "pod-to-pod/cross-node", run: pods::cross_node },
     Check { name: "vpc-to-pod", run: pods::vpc_to_pod },
@@ -60,6 +62,7 @@ pub const ALL: &[Check] = &[
     Check { name: "double-tag", run: refused::double_tag },
     Check { name: "large-transfer", run: upkeep::large_transfer },
     Check { name: "agent-killed", run: upkeep::agent_killed },
+    Check { name: "allocator-killed", run: upkeep::allocator_killed },
     Check { name: "fabric-violations", run: upkeep::fabric_violations },
 ];
 

@@ -10,18 +10,23 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use super::{Cast, Pinned, Proof};
 use crate::{
-    demo::evidence::{Failure, Place, Result, Trail, ask, expect_seen},
+    demo::evidence::{Place, Result, Trail, ask, expect_seen},
     ensure,
     lab::{
         Agent, Error, Netns, Pod,
         http::{Download, Request},
+        ipam::request,
         large::{self, Compare},
         net::tcp_connect,
     },
 };
+
+/// How long what was killed may take to be back.
+const BACK: Duration = Duration::from_secs(10);
 
 pub(super) fn large_transfer(c: &Cast<'_>) -> Result<Proof> {
     let start = Instant::now();
@@ -57,20 +62,17 @@ fn download(c: &Cast<'_>, netns: &Netns, to: SocketAddrV4) -> Result<Download> {
 
 pub(super) fn agent_killed(c: &Cast<'_>) -> Result<Proof> {
     let agent = c.lab.agent(&c.node.name)?;
-    let transfers = [Transfer::new(c.near.http()), Transfer::new(c.far.http())];
-    let away = thread::scope(|scope| {
-        let running: Vec<_> =
-            transfers.iter().map(|transfer| scope.spawn(|| transfer.run(&c.a.netns))).collect();
-        let result = kill_and_restart(c, agent, &transfers);
-        for transfer in &transfers {
-            transfer.hurry.store(true, Ordering::Relaxed);
-        }
-        let results: Vec<_> = running.into_iter().map(thread::ScopedJoinHandle::join).collect();
-        let away = result?;
-        for result in results {
-            result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        }
-        Ok::<_, Failure>(away)
+    let away = during_transfers(c, |transfers| {
+        let start = Instant::now();
+        agent.stop(Signal::SIGKILL)?;
+        still_forwards(c, transfers)?;
+        let log_end = file_length(&agent.log());
+        agent.start()?;
+        agent.wait_ready(BACK)?;
+        let away = start.elapsed();
+        let operations = operations_since(agent, log_end)?;
+        ensure!(operations == Some(0), "the restarted agent changed {operations:?} things");
+        Ok(away)
     })?;
     let detail = format!(
         "two transfers and new connections went on without it ({} ms); restarted with 0 changes",
@@ -79,38 +81,98 @@ pub(super) fn agent_killed(c: &Cast<'_>) -> Result<Proof> {
     Ok(Proof { latency: away, detail })
 }
 
-/// Kills the agent in the midst of the transfers, looks what still works, and starts it again. Returns how long it was away.
-fn kill_and_restart(c: &Cast<'_>, agent: &Agent, transfers: &[Transfer]) -> Result<Duration> {
-    wait_for("the transfers to begin", || transfers.iter().all(|transfer| transfer.so_far() > 0))?;
-    agent.stop(Signal::SIGKILL)?;
-    let start = Instant::now();
+pub(super) fn allocator_killed(c: &Cast<'_>) -> Result<Proof> {
+    let ipam = c.lab.ipam()?;
+    let agents = c.lab.agents();
+    let before: Vec<Value> = agents.iter().map(Agent::status).collect::<Result<_, Error>>()?;
+    let away = during_transfers(c, |transfers| {
+        let log_ends: Vec<u64> = agents.iter().map(|agent| file_length(&agent.log())).collect();
+        let start = Instant::now();
+        ipam.kill();
+        for agent in agents {
+            agent.wait_status("it sees no allocator", BACK, |status| status["source_down_since"].is_u64())?;
+        }
+        still_forwards(c, transfers)?;
+        ipam.start()?;
+        for (agent, before) in agents.iter().zip(&before) {
+            // A new allocator begins with a snapshot of its store as it is, which other nodes' changes have moved on.
+            let resumed = |status: &Value| {
+                status["source_down_since"].is_null()
+                    && status["revision"].as_u64() >= before["revision"].as_u64()
+            };
+            agent.wait_status("it goes on where it was", BACK, resumed)?;
+        }
+        let away = start.elapsed();
+        // Each answers that all of it is in the kernel, and the allocator hands that on.
+        ipam.ask(|client| async move {
+            client.allocate(&request(c.a), Some(BACK)).await?;
+            client.allocate(&request(c.far), Some(BACK)).await
+        })?;
+        for ((agent, before), log_end) in agents.iter().zip(&before).zip(log_ends) {
+            let (status, operations) = (agent.status()?, operations_since(agent, log_end)?);
+            let same = ["pods", "pid", "refused"].iter().all(|field| status[*field] == before[*field]);
+            ensure!(same, "the agent of {} had {before}, has {status}", agent.node());
+            ensure!(
+                operations.unwrap_or(0) == 0,
+                "the agent of {} changed {operations:?} things",
+                agent.node()
+            );
+        }
+        Ok(away)
+    })?;
+    let detail = format!(
+        "two transfers and new connections went on without it ({} ms); back again, all agents went on from where they were with 0 changes",
+        away.as_millis()
+    );
+    Ok(Proof { latency: away, detail })
+}
+
+/// Does something in the midst of two transfers, which must come to their end all the same.
+fn during_transfers<T>(c: &Cast<'_>, act: impl FnOnce(&[Transfer]) -> Result<T>) -> Result<T> {
+    let transfers = [Transfer::new(c.near.http()), Transfer::new(c.far.http())];
+    thread::scope(|scope| {
+        let running: Vec<_> =
+            transfers.iter().map(|transfer| scope.spawn(|| transfer.run(&c.a.netns))).collect();
+        let result =
+            wait_for("the transfers to begin", || transfers.iter().all(|transfer| transfer.so_far() > 0))
+                .and_then(|()| act(&transfers))
+                .and_then(|done| {
+                    ensure!(
+                        transfers.iter().all(|transfer| transfer.so_far() < large::LENGTH),
+                        "a transfer was over too early: nothing is proved"
+                    );
+                    works(c, c.near)?;
+                    Ok(done)
+                });
+        for transfer in &transfers {
+            transfer.hurry.store(true, Ordering::Relaxed);
+        }
+        let results: Vec<_> = running.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        let done = result?;
+        for result in results {
+            result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        Ok(done)
+    })
+}
+
+/// New connections work, and the transfers go on.
+fn still_forwards(c: &Cast<'_>, transfers: &[Transfer]) -> Result<()> {
     let before: Vec<u64> = transfers.iter().map(Transfer::so_far).collect();
     for pod in [c.near, c.far] {
         works(c, pod)?;
     }
-    wait_for("the transfers to go on without an agent", || {
+    wait_for("the transfers to go on", || {
         transfers.iter().zip(&before).all(|(transfer, before)| transfer.so_far() > before + 1_000_000)
-    })?;
-    let log_end = file_length(&agent.log());
-    agent.start()?;
-    agent.wait_ready(Duration::from_secs(10))?;
-    let away = start.elapsed();
-    let operations = operations_since(agent, log_end)?;
-    ensure!(operations == 0, "the restarted agent changed {operations} things");
-    ensure!(
-        transfers.iter().all(|transfer| transfer.so_far() < large::LENGTH),
-        "a transfer was over before the agent was back: nothing is proved"
-    );
-    works(c, c.near)?;
-    Ok(away)
+    })
 }
 
 fn file_length(path: &Path) -> u64 {
     std::fs::metadata(path).map_or(0, |metadata| metadata.len())
 }
 
-/// What the agent says that it changed: `revision 1: 3 pods, 0 released, 0 operations, 0 faults`.
-fn operations_since(agent: &Agent, log_end: u64) -> Result<u64> {
+/// What the agent says that it changed: `revision 1: 3 pods, 0 released, 0 operations, 0 faults`; none when it says nothing.
+fn operations_since(agent: &Agent, log_end: u64) -> Result<Option<u64>> {
     let log = agent.log();
     let text = std::fs::read(&log).map_err(Error::io(format!("reading {}", log.display())))?;
     let news = String::from_utf8_lossy(&text[(log_end as usize).min(text.len())..]).into_owned();
@@ -118,9 +180,7 @@ fn operations_since(agent: &Agent, log_end: u64) -> Result<u64> {
         let before = line.split(" operations").next().filter(|before| before.len() < line.len())?;
         before.rsplit(' ').next()?.parse::<u64>().ok()
     };
-    let mut numbers = news.lines().filter_map(number).peekable();
-    ensure!(numbers.peek().is_some(), "{} does not say what was changed", log.display());
-    Ok(numbers.sum())
+    Ok(news.lines().filter_map(number).reduce(|a, b| a + b))
 }
 
 fn works(c: &Cast<'_>, pod: &Pod) -> Result<()> {
