@@ -6,6 +6,7 @@ use datapath_common::{
     decide::{
         Decision,
         eni_ingress::{decide_any, decide_plain},
+        same_mac,
     },
 };
 
@@ -19,7 +20,11 @@ use crate::{
 pub fn eni_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag()) {
-        return finish(&skb, decision);
+        // Apart from the others, the common way knows all the rest by heart.
+        return match decision.outcome {
+            Outcome::Wire => finish(&skb, Decision { outcome: Outcome::Wire, ..decision }),
+            _ => finish(&skb, decision),
+        };
     }
     skb.pull();
     finish(&skb, decide_any(&Kernel, &skb, skb.tag()))
@@ -46,7 +51,7 @@ fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
 
 #[inline(always)]
 fn deliver(skb: &Skb, pod: &Endpoint) -> Option<i32> {
-    if pod.wire_mac != pod.mac {
+    if !same_mac(pod.wire_mac, pod.mac) {
         skb.set_dst_mac(pod.mac)?;
     }
     skb.pop_tag()?;

@@ -7,6 +7,7 @@ use datapath_common::{
     decide::{
         Decision,
         eni_ingress::{admit, admit_plain, route},
+        same_mac,
     },
     packet::ipv4::{Ipv4, Part, TCP},
 };
@@ -58,7 +59,7 @@ fn wins_at(ip: &Ipv4) -> bool {
 
 #[inline(always)]
 fn deliver(frame: &Buff, pod: &Endpoint) -> Option<u32> {
-    if pod.wire_mac != pod.mac {
+    if !same_mac(pod.wire_mac, pod.mac) {
         frame.set_dst_mac(pod.mac)?;
     }
     frame.pop_tag()?;

@@ -20,7 +20,7 @@ use crate::{
 pub fn pod_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()) {
-        // Each on its own, the common ways know all the rest by heart.
+        // Apart from the others, the common ways know all the rest by heart.
         return match decision.outcome {
             Outcome::Local => finish(&skb, Decision { outcome: Outcome::Local, ..decision }),
             Outcome::Wire => finish(&skb, Decision { outcome: Outcome::Wire, ..decision }),
@@ -45,7 +45,9 @@ fn finish(skb: &Skb, mut decision: Decision<'_>) -> i32 {
 #[inline(always)]
 fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
     let action = match (decision.outcome, decision.pod, decision.to) {
-        (Outcome::Wire, Some(pod), _) => skb.set_macs(pod.gateway_mac, pod.wire_mac).and_then(|()| to_wire(skb, pod)),
+        (Outcome::Wire, Some(pod), _) => {
+            skb.set_macs(pod.gateway_mac, pod.wire_mac).and_then(|()| to_wire(skb, pod))
+        }
         (Outcome::WireArp, Some(pod), _) => skb.set_src_mac(pod.wire_mac).and_then(|()| to_wire(skb, pod)),
         (Outcome::Local, _, Some(to)) => to_pod(skb, to),
         (Outcome::Host, _, _) => Some(skb.accept()),

@@ -10,9 +10,10 @@ use super::{
 use crate::{
     abi::{Door, Endpoint, Origin, Outcome},
     packet::{
-        self, Frame, plain,
+        self, Frame,
         ipv4::{self, Ipv4, Part},
         link::{self, Tag},
+        plain,
     },
     tables::Tables,
 };

@@ -14,10 +14,11 @@ use super::{
 use crate::{
     abi::{Door, Endpoint, Origin, Outcome},
     packet::{
-        self, Frame, arp, plain,
+        self, Frame, arp,
         ipv4::{self, Ipv4, Part},
         l4::Role,
         link::{self, Link, Tag},
+        plain,
     },
     tables::Tables,
 };

@@ -61,7 +61,7 @@ const fn same(a: [u8; 4], b: [u8; 4]) -> bool {
 
 /// Compares MACs in two words.
 #[inline(always)]
-const fn same_mac(a: [u8; 6], b: [u8; 6]) -> bool {
+pub const fn same_mac(a: [u8; 6], b: [u8; 6]) -> bool {
     same([a[0], a[1], a[2], a[3]], [b[0], b[1], b[2], b[3]])
         && u16::from_ne_bytes([a[4], a[5]]) == u16::from_ne_bytes([b[4], b[5]])
 }

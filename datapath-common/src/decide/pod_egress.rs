@@ -14,11 +14,12 @@ use super::{
 use crate::{
     abi::{Door, Endpoint, Origin, Outcome, maps::host_dst},
     packet::{
-        self, Frame, plain,
+        self, Frame,
         arp::{self, Arp},
         ipv4::{self, ICMP, Ipv4, Part, UDP},
         l4,
         link::{self, Link, Tag},
+        plain,
     },
     tables::Tables,
 };

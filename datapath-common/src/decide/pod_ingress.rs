@@ -10,9 +10,10 @@ use super::{
 use crate::{
     abi::{Door, Endpoint, Outcome},
     packet::{
-        self, Frame, arp, plain,
+        self, Frame, arp,
         ipv4::{self, Ipv4},
         link::{self, Tag},
+        plain,
     },
     tables::Tables,
 };

@@ -381,8 +381,8 @@ fn main() -> Result<()> {
     let mut benches = vec![];
     for &endpoints in &options.pods {
         for case in cases.iter().filter(|case| case.name().contains(&options.only)) {
-            let bench = Bench::new(case, endpoints)
-                .with_context(|| format!("{}, {endpoints} pods", case.name()))?;
+            let bench =
+                Bench::new(case, endpoints).with_context(|| format!("{}, {endpoints} pods", case.name()))?;
             benches.push(bench);
         }
     }
