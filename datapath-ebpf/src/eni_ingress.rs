@@ -3,7 +3,11 @@
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Endpoint, Outcome},
-    decide::{Decision, eni_ingress::decide},
+    decide::{
+        Decision,
+        eni_ingress::{decide_any, decide_plain},
+        same_mac,
+    },
 };
 
 use crate::{
@@ -15,9 +19,21 @@ use crate::{
 #[classifier]
 pub fn eni_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
+    if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag()) {
+        // Apart from the others, the common way knows all the rest by heart.
+        return match decision.outcome {
+            Outcome::Wire => finish(&skb, Decision { outcome: Outcome::Wire, ..decision }),
+            _ => finish(&skb, decision),
+        };
+    }
+    skb.pull();
+    finish(&skb, decide_any(&Kernel, &skb, skb.tag()))
+}
+
+#[inline(always)]
+fn finish(skb: &Skb, mut decision: Decision<'_>) -> i32 {
     let load = skb.load_of();
-    let mut decision = decide(&Kernel, &skb, skb.tag());
-    let action = act(&skb, &mut decision);
+    let action = act(skb, &mut decision);
     count_decision(&decision, Direction::Ingress, load);
     action
 }
@@ -35,7 +51,7 @@ fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
 
 #[inline(always)]
 fn deliver(skb: &Skb, pod: &Endpoint) -> Option<i32> {
-    if pod.wire_mac != pod.mac {
+    if !same_mac(pod.wire_mac, pod.mac) {
         skb.set_dst_mac(pod.mac)?;
     }
     skb.pop_tag()?;

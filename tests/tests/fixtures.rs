@@ -952,6 +952,43 @@ fn each_parent_has_its_own_vlans() {
     assert!(differences.is_empty(), "{}", differences.join("\n"));
 }
 
+/// Pods whose addresses and interface indexes have the same low 16 bits share an entry of the direct tables and are told
+/// apart by the hash maps; addresses that nobody has go out on the wire, whether the entry they fall on is shared or not.
+#[test]
+fn keys_that_share_an_entry_are_told_apart() {
+    const FAR: u32 = 1 << 16;
+    private_netns(&INTERFACES);
+    let twin =
+        Endpoint { id: 20, ifindex: A.ifindex + FAR, ipv4: [172, 16, B.ipv4[2], B.ipv4[3]], vid: 120, ..B };
+    let nobody = [192, 168, B.ipv4[2], B.ipv4[3]];
+    let packet = |to: [u8; 4]| Packet::tcp((A.ipv4, 4000), (to, 80), ACK).macs(A.mac, GATEWAY_MAC);
+    let local = |to: Endpoint| {
+        fixture("a pod of this node", Hook::PodEgress, &packet(to.ipv4))
+            .at(A.ifindex)
+            .gives(tc::REDIRECT)
+            .leaves(&packet(to.ipv4).macs(GATEWAY_MAC, to.mac))
+            .counts(A.id, Egress, Local)
+            .counts(to.id, Ingress, Local)
+    };
+    let wire = || {
+        fixture("nobody's address", Hook::PodEgress, &packet(nobody))
+            .at(A.ifindex)
+            .gives(tc::REDIRECT)
+            .leaves_tagged(A.vid)
+            .counts(A.id, Egress, Wire)
+    };
+    let mut tables = MemoryTables::clone(&node());
+    let mut alone = load(FastPath::All, Xdp::Guard, &tables);
+    run(&mut alone, &tables, &wire());
+    tables.add(twin);
+    let mut shared = load(FastPath::All, Xdp::Guard, &tables);
+    for fixture in [wire(), local(B), local(twin)] {
+        run(&mut shared, &tables, &fixture);
+    }
+    let differences = DIFFERENCES.take();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
 /// Whoever adds an outcome adds a packet that comes to it.
 #[test]
 fn every_outcome_is_reached() {

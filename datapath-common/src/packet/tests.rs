@@ -8,7 +8,7 @@ use super::{
     ipv4::{self, Part},
     l4::{L4, Role},
     link::{self, Link, TPID_8021AD, TPID_8021Q, Tag},
-    refuse,
+    plain, refuse,
 };
 use crate::{
     abi::Outcome,
@@ -262,6 +262,34 @@ proptest! {
             prop_assert!(offset + ip.header_len as usize <= frame.len() || matches!(ip.part, Part::Later));
         }
         let _ = refuse(frame, IPV6, offset);
+    }
+
+    /// With a byte changed and the end cut off, what is plain is what the parsers for everything read, and what they read
+    /// as a whole TCP or UDP packet without options is plain.
+    #[test]
+    fn plain_agrees_with_the_parsers(
+        packet in packets(), change in (0..80_usize, any::<u8>()), cut in 0..60_usize, tagged in any::<bool>()
+    ) {
+        let packet = packet.macs([2, 3, 4, 5, 6, 7], [1; 6]);
+        let mut bytes = if tagged { packet.vlan(101) } else { packet }.bytes();
+        if let Some(byte) = bytes.get_mut(change.0) {
+            *byte = change.1;
+        }
+        bytes.truncate(bytes.len() - cut / 2);
+        let frame = bytes.as_slice();
+        let plain = if tagged { plain::parse::<4, _>(frame) } else { plain::parse::<0, _>(frame) };
+        let link_len = if tagged { 18 } else { 14 };
+        let ethertype: Option<[u8; 2]> = frame.load(link_len - 2);
+        let parsed = match ethertype {
+            Some(ethertype) if ethertype == IPV4.to_be_bytes() => ipv4::parse(frame, link_len).ok(),
+            _ => None,
+        };
+        if let Some(plain) = plain {
+            prop_assert_eq!(Some(plain.ip), parsed);
+            prop_assert_eq!(Some(plain.src_mac), frame.load(if tagged { 10 } else { 6 }));
+        } else if let Some(ip) = parsed {
+            prop_assert!(ip.header_len != 20 || ip.part != Part::Whole || ![6, 17].contains(&ip.proto), "{:?}", ip);
+        }
     }
 
     #[test]
