@@ -14,4 +14,4 @@ pub use flow::{Door, Flow, FlowKey, Fragment, FragmentKey, Origin};
 pub use outcome::{Counter, CounterRow, Direction, Outcome};
 
 /// The version of all layouts in this module. It is part of the pin path.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;

@@ -62,7 +62,7 @@ pub(super) fn recall<'t, T: Tables>(tables: &'t T, key: &FlowKey) -> Option<&'t 
 /// stands when it is switched on.
 #[inline(always)]
 pub(super) fn reply_door<T: Tables>(tables: &T, remote: [u8; 4]) -> Door {
-    if tables.pod_by_ipv4(remote) != 0 {
+    if tables.pod_by_ipv4(remote).is_some() {
         Door::Local
     } else if tables.host_dst(remote) & host_dst::HOST != 0 {
         Door::Host

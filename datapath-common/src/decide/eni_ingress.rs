@@ -14,7 +14,7 @@ use super::{
 use crate::{
     abi::{Door, Endpoint, Origin, Outcome},
     packet::{
-        self, Frame, arp,
+        self, Frame, arp, plain,
         ipv4::{self, Ipv4, Part},
         l4::Role,
         link::{self, Link, Tag},
@@ -25,7 +25,61 @@ use crate::{
 /// Decides on a frame that arrives at the parent ENI.
 #[inline(always)]
 pub fn decide<'t, T: Tables, F: Frame + ?Sized>(tables: &'t T, frame: &F, tag: Option<Tag>) -> Decision<'t> {
+    decide_plain(tables, frame, tag).unwrap_or_else(|| decide_any(tables, frame, tag))
+}
+
+/// As [`decide`], where the tag stands beside the frame and the packet is plain and for its pod;
+/// else `None`.
+#[inline(always)]
+pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+) -> Option<Decision<'t>> {
+    let tag = tag?;
+    if tag.tpid != link::TPID_8021Q {
+        return None;
+    }
+    let (pod, ip) = plain_for::<0, _, _>(tables, frame, tag)?;
+    Some(route(tables, pod, &ip))
+}
+
+/// As [`decide`], for every frame.
+#[inline(always)]
+pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+) -> Decision<'t> {
     admit(tables, frame, tag, |pod, ip| Some(route(tables, pod, ip)))
+}
+
+/// As [`admit`], where the tag is in the frame and the packet is plain and for its pod; else `None`.
+#[inline(always)]
+pub fn admit_plain<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+) -> Option<(&'t Endpoint, Ipv4)> {
+    let [tpid, tci]: [[u8; 2]; 2] = frame.load(link::UNTAGGED_LEN - 2)?;
+    let tag = Tag { tpid: u16::from_be_bytes(tpid), tci: u16::from_be_bytes(tci) };
+    if tag.tpid == link::TPID_8021Q { plain_for::<4, _, _>(tables, frame, tag) } else { None }
+}
+
+/// The pod and its plain packet, where VLAN, MAC and address belong together.
+#[inline(always)]
+fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Tag,
+) -> Option<(&'t Endpoint, Ipv4)> {
+    let vid = tag.tci & link::VID;
+    if vid == 0 {
+        return None;
+    }
+    let pod = tables.endpoint(tables.subeni(vid))?;
+    let plain::Packet { ip, .. } = plain::parse::<TAG, _>(frame)?;
+    let own = same_mac(frame.load(0)?, pod.wire_mac) && same(ip.dst, pod.ipv4) && !same(ip.src, pod.ipv4);
+    own.then_some((pod, ip))
 }
 
 /// Checks a frame against the pod that its VLAN id belongs to: VLAN, MAC and address belong together. `route` is asked
