@@ -21,15 +21,17 @@ use crate::{
 #[xdp(frags)]
 pub fn eni_xdp(ctx: XdpContext) -> u32 {
     let frame = Buff::new(&ctx);
-    if let Some((pod, ip)) = admit_plain(&Kernel, &frame) {
-        if config::XDP_REDIRECT.load() == 0 || !wins_at(&ip) {
-            return ctx::XDP_PASS;
-        }
-        return finish(&frame, route(&Kernel, pod, &ip), true);
+    let mut won = false;
+    let plain = admit_plain(&Kernel, &frame, |pod, ip| {
+        won = wins_at(ip);
+        if won { Some(route(&Kernel, pod, ip)) } else { None }
+    });
+    if let Some(decision) = plain {
+        return finish(&frame, decision, won);
     }
     let mut won = false;
     let decision = admit(&Kernel, &frame, None, |pod, ip| {
-        won = config::XDP_REDIRECT.load() != 0 && wins_at(ip);
+        won = wins_at(ip);
         if won { Some(route(&Kernel, pod, ip)) } else { None }
     });
     finish(&frame, decision, won)
@@ -51,7 +53,7 @@ fn finish(frame: &Buff, mut decision: Decision<'_>, won: bool) -> u32 {
 /// TCP is better off with GRO and the checksum state that a frame cannot carry; the rest may skip the skb on this side.
 #[inline(always)]
 fn wins_at(ip: &Ipv4) -> bool {
-    ip.proto != TCP && matches!(ip.part, Part::Whole)
+    config::XDP_REDIRECT.load() != 0 && ip.proto != TCP && matches!(ip.part, Part::Whole)
 }
 
 #[inline(always)]

@@ -20,7 +20,12 @@ use crate::{
 pub fn pod_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()) {
-        return finish(&skb, decision);
+        // Each on its own, the common ways know all the rest by heart.
+        return match decision.outcome {
+            Outcome::Local => finish(&skb, Decision { outcome: Outcome::Local, ..decision }),
+            Outcome::Wire => finish(&skb, Decision { outcome: Outcome::Wire, ..decision }),
+            _ => finish(&skb, decision),
+        };
     }
     skb.pull();
     finish(&skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()))

@@ -37,7 +37,7 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
         .unwrap_or_else(|| decide_any(tables, frame, tag, ifindex, gso_size))
 }
 
-/// As [`decide`], where the frame is plain, untagged and in the pod's own name; else `None`.
+/// As [`decide`], where the frame is plain, untagged and from the pod's MAC; else `None`.
 #[inline(always)]
 pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -51,8 +51,11 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     }
     let pod = tables.pod_by_ifindex(ifindex)?;
     let plain::Packet { src_mac, ip } = plain::parse::<0, _>(frame)?;
-    if !same_mac(src_mac, pod.mac) || refused(pod, &ip).is_some() {
+    if !same_mac(src_mac, pod.mac) {
         return None;
+    }
+    if let Some(reason) = refused(pod, &ip) {
+        return Some(Decision::new(reason, pod));
     }
     Some(route(tables, pod, &ip, size(frame, link::UNTAGGED_LEN, &ip, gso_size)))
 }
