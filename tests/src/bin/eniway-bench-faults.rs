@@ -21,6 +21,9 @@ struct Args {
     /// Kills of agents
     #[arg(long, default_value_t = 300)]
     kills_agent: u32,
+    /// Stops of etcd while packets flow
+    #[arg(long, default_value_t = 10)]
+    etcd_stops: u32,
     /// Decides all choices; a random one by default
     #[arg(long)]
     seed: Option<u64>,
@@ -50,11 +53,10 @@ fn main() -> Result<()> {
         kills_agent: args.kills_agent,
     };
     let report = faults::run(&options)?;
+    let forwarding = faults::forwarding::run(&options, args.etcd_stops)?;
     let mut figures = serde_json::to_value(&report)?;
-    if let (Some(figures), Value::Object(forwarding)) =
-        (figures.as_object_mut(), serde_json::to_value(faults::forwarding::run(&options)?)?)
-    {
-        figures.extend(forwarding);
+    if let (Some(all), Value::Object(more)) = (figures.as_object_mut(), serde_json::to_value(&forwarding)?) {
+        all.extend(more);
     }
     let figures = json!({ "faults": figures });
     println!("{figures:#}");
@@ -67,7 +69,7 @@ fn main() -> Result<()> {
         fs::write(path, serde_json::to_string_pretty(&report)?)?;
     }
     ensure!(
-        report.duplicates + report.lost + report.leaks == 0,
+        report.duplicates + report.lost + report.leaks + forwarding.packets_lost == 0,
         "something was wrong; the report says what"
     );
     Ok(())

@@ -77,9 +77,9 @@ impl Churn {
             let (netns, request) = self.pod(kind, &mut random)?;
             let node = node_of(&request)?;
             let Some(_) = self.allocate(&request, node, &mut random).await? else { continue };
-            let until = Instant::now() + Duration::from_millis(random.u64(20..900));
+            let until = Instant::now() + Duration::from_millis(random.u64(20..400));
             while !self.is_enough() && Instant::now() < until {
-                sleep(Duration::from_millis(random.u64(20..200))).await;
+                sleep(Duration::from_millis(random.u64(20..150))).await;
                 if random.f64() < 0.3 {
                     // The same question has the same answer, whatever has happened in between.
                     self.allocate(&request, node, &mut random).await?;

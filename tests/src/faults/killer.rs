@@ -37,14 +37,14 @@ pub(super) fn of_allocator(
         let moment = match random.u8(..10) {
             // Any, its start included.
             0..4 => {
-                thread::sleep(milliseconds(&mut random, 350));
+                thread::sleep(milliseconds(&mut random, 500));
                 return;
             }
             4..6 => Moment::Arrived,
             6..8 => Moment::Effective,
             _ => Moment::Answered,
         };
-        thread::sleep(milliseconds(&mut random, 120));
+        thread::sleep(milliseconds(&mut random, 300));
         let Some(pid) = process.pid() else { return };
         let (reached, wait) = mpsc::channel();
         let at_once = moment != Moment::Answered;
@@ -77,11 +77,11 @@ pub(super) fn of_agent(
 ) -> Result<()> {
     repeat(&churn.world.nodes[node].agent, kills, killed, || {
         if random.u8(..10) < 4 {
-            thread::sleep(milliseconds(&mut random, 700));
+            thread::sleep(milliseconds(&mut random, 1_500));
             return;
         }
         // It has come up, and something is asked for: in the middle of wiring.
-        thread::sleep(milliseconds(&mut random, 500));
+        thread::sleep(milliseconds(&mut random, 2_000));
         let asked = &churn.asked[node];
         let before = asked.load(Ordering::Relaxed);
         let end = Instant::now() + WAIT;

@@ -30,7 +30,7 @@ use eniway_ipam::{
     rpc::{Address, Client},
     store::Entry,
 };
-use nix::sys::signal::Signal;
+use nix::{sys::signal::Signal, unistd::Pid};
 
 use super::{
     allocator::{Config, StoreConfig},
@@ -140,20 +140,25 @@ impl Drop for NodeStand {
 }
 
 impl World {
-    /// Everything but running allocators and agents. To be called on a tokio runtime.
-    pub(super) async fn new(program: &Path, dir: &Path, id: &str, seed: u64, with_etcd: bool) -> Result<Self> {
+    /// A VPC, a store, and allocators that do not run yet, for nodes without agents. To be called on a tokio runtime.
+    pub(super) async fn new(
+        program: &Path,
+        dir: &Path,
+        seed: u64,
+        with_etcd: bool,
+        subnets: Vec<Subnet>,
+        nodes: Vec<Node>,
+    ) -> Result<Self> {
         let _ = fs::remove_dir_all(dir);
         fs::create_dir_all(dir)?;
         let vpc = Arc::new(MemoryVpc::new(Arc::new(SystemClock), seed));
-        let subnets = [("net-a", [10, 1, 16, 0], 24), ("net-b", [10, 1, 17, 0], 25)];
-        let subnets: Vec<Subnet> =
-            subnets.into_iter().map(|(id, network, prefix)| subnet(id, network, prefix)).collect::<Result<_>>()?;
         for subnet in &subnets {
             vpc.add_subnet(&subnet.id, subnet.ipv4, None);
         }
-        let nodes: Vec<Node> = (0..NODES).map(node).collect();
-        for number in 0..NODES {
-            vpc.add_parent(&format!("eni-{number}"), LIMIT as usize);
+        for node in &nodes {
+            if let NodeKind::SubEni { parents } = &node.kind {
+                parents.iter().for_each(|parent| vpc.add_parent(&parent.id, parent.limit as usize));
+            }
         }
         let server = vpc::Server::start(vpc.clone(), &dir.join("vpc.sock"))?;
         let etcd = if with_etcd { Some(Etcd::start().await) } else { None };
@@ -185,14 +190,26 @@ impl World {
             allocators.push(Process::new(&name, dir.join(format!("{name}.log")), Box::new(make)));
             sockets.push(socket);
         }
-        let nodes = (0..NODES)
-            .map(|number| {
-                let allocator = number % allocators.len();
-                NodeStand::new(dir, id, number, allocator, &sockets[allocator])
-            })
-            .collect::<Result<_>>()?;
         let etcd = etcd.map(tokio::sync::Mutex::new);
-        Ok(Self { nodes, allocators, etcd, vpc, server, store, sockets, dir: dir.to_owned() })
+        Ok(Self { nodes: Vec::new(), allocators, etcd, vpc, server, store, sockets, dir: dir.to_owned() })
+    }
+
+    /// The nodes with pools of all kinds, each with its agent.
+    pub(super) async fn with_agents(
+        program: &Path,
+        dir: &Path,
+        id: &str,
+        seed: u64,
+        with_etcd: bool,
+    ) -> Result<Self> {
+        let subnets = vec![subnet("net-a", [10, 1, 16, 0], 24)?, subnet("net-b", [10, 1, 17, 0], 25)?];
+        let nodes = (0..NODES).map(node).collect();
+        let mut world = Self::new(program, dir, seed, with_etcd, subnets, nodes).await?;
+        for number in 0..NODES {
+            let allocator = number % world.allocators.len();
+            world.nodes.push(NodeStand::new(dir, id, number, allocator, &world.sockets[allocator])?);
+        }
+        Ok(world)
     }
 
     /// Starts everything and waits until there are tables. From then on they outlive all processes.
@@ -213,6 +230,18 @@ impl World {
     /// A client of an allocator. To be called on a tokio runtime.
     pub(super) fn client(&self, allocator: usize) -> Result<Client> {
         Ok(Client::new(Address::Unix(self.sockets[allocator].clone()), None)?.patient(Duration::from_secs(2)))
+    }
+
+    /// Where an allocator is.
+    pub(super) fn address(&self, allocator: usize) -> Result<String> {
+        let socket = self.sockets.get(allocator).context("there is no such allocator")?;
+        Ok(format!("unix:{}", socket.display()))
+    }
+
+    /// etcd's process.
+    pub(super) async fn etcd_pid(&self) -> Result<Pid> {
+        let etcd = self.etcd.as_ref().context("this world has no etcd")?.lock().await;
+        Ok(Pid::from_raw(etcd.pid().cast_signed()))
     }
 
     /// All records of the store as of one moment.
