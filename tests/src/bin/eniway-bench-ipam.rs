@@ -266,7 +266,11 @@ impl Bench {
     /// Says something, waits until it is in the kernel, and tells how many milliseconds that took.
     fn say(&mut self, what: What) -> Result<f64> {
         self.revision += 1;
-        let message = proto::WatchResponse { revision: self.revision, confirmed: 0, what: Some(what) };
+        let message = proto::WatchResponse {
+            revision: self.revision,
+            what: Some(what),
+            ..proto::WatchResponse::default()
+        };
         let (server, revision) = (self.server.clone(), self.revision);
         let acknowledged = &mut self.acknowledged;
         self.runtime.block_on(async {
