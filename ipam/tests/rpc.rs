@@ -241,7 +241,10 @@ async fn allocation_waits_for_the_agent() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!waiting.is_finished());
     let store = follower.position().unwrap().store.clone();
-    client.acknowledge("n", &Acknowledgement { store: store.clone(), revision, refused: vec![] }).await.unwrap();
+    client
+        .acknowledge("n", &Acknowledgement { store: store.clone(), revision, refused: vec![] })
+        .await
+        .unwrap();
     waiting.await.unwrap().unwrap();
 
     // What the agent refuses is said to who waits.

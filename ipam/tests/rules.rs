@@ -636,11 +636,8 @@ async fn an_allocation_can_wait_for_the_agent() {
     world.add_node("a", 20, PRE_BOUND).await;
     world.tick().await;
     let pod = world.allocate("a", "pod").await.unwrap();
-    let acknowledgement = |refused| Acknowledgement {
-        store: world.allocator().store_id(),
-        revision: pod.revision,
-        refused,
-    };
+    let acknowledgement =
+        |refused| Acknowledgement { store: world.allocator().store_id(), revision: pod.revision, refused };
     let programmed = world.allocator().programmed(&pod, 5 * SECOND);
     tokio::pin!(programmed);
     assert!(futures_poll(&mut programmed).is_none());

@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{Desired, Pod, Refused, State, owner_of, vlan_id};
 use crate::{
     ipam::{self, IpamError},
-    net::{InterfaceName, Mac},
+    net::InterfaceName,
     wiring,
 };
 
@@ -160,7 +160,11 @@ impl AllocatorSource {
 
     /// Says how far the kernel has come, and what could not be done.
     pub fn acknowledge(&self, revision: u64, refused: Vec<RefusedByAgent>) {
-        self.acknowledged.send_replace(Some(Acknowledgement { store: self.store.clone(), revision, refused }));
+        self.acknowledged.send_replace(Some(Acknowledgement {
+            store: self.store.clone(),
+            revision,
+            refused,
+        }));
     }
 
     fn translate(&self, told: Result<Notice, String>) -> Told {
@@ -281,7 +285,7 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         Some(_) => None,
         None => Some(wiring::host_interface_name(&allocation.key.container_id, interface.as_str())),
     };
-    let mac = Mac(allocation.mac.0);
+    let mac = allocation.mac;
     let pod = Pod {
         uid: allocation.key.uid.clone(),
         namespace: allocation.namespace.clone(),
@@ -300,7 +304,7 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         ipv6: allocation.addresses.ipv6,
         subnet: allocation.subnet.trunc(),
         gateway: allocation.gateway,
-        gateway_mac: Mac(allocation.gateway_mac.0),
+        gateway_mac: allocation.gateway_mac,
         gateway_ipv6: allocation.gateway_ipv6,
         mtu: allocation.mtu,
         policy: 0,

@@ -27,7 +27,11 @@ use super::{
     MAX_MESSAGE, Tls, convert,
     proto::{self, ipam_server::IpamServer},
 };
-use crate::{Allocator, api::Released, feed::{Notice, Position}};
+use crate::{
+    Allocator,
+    api::Released,
+    feed::{Notice, Position},
+};
 
 /// How long calls under way may take once the server ends. Whoever is cut off asks again.
 const FAREWELL: Duration = Duration::from_secs(3);

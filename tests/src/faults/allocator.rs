@@ -92,8 +92,7 @@ pub fn serve(config: &Path) -> Result<()> {
             tokio::time::sleep(Duration::from_millis(100)).await;
         };
         let vpc = Arc::new(RemoteVpc { caller: config.name.clone(), socket: config.vpc.clone() });
-        let allocator =
-            Allocator::open(settings(&config.name), store, vpc, Arc::new(SystemClock)).await?;
+        let allocator = Allocator::open(settings(&config.name), store, vpc, Arc::new(SystemClock)).await?;
         for subnet in &config.subnets {
             allocator.add_subnet(subnet.clone()).await?;
         }

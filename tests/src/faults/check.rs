@@ -125,7 +125,9 @@ async fn differences(world: &World, ledger: &Ledger) -> Result<Vec<(Wrong, Strin
                 Attachment::Parent { id, vlan } => Some((id.clone(), *vlan)),
                 Attachment::Instance { .. } => None,
             });
-            record.addresses == Some(interface.addresses) && record.mac == Some(interface.mac) && attached == there
+            record.addresses == Some(interface.addresses)
+                && record.mac == Some(interface.mac)
+                && attached == there
         });
         if !same {
             wrong.push((Wrong::Leak, format!("the VPC has {interface:?}, the store {known:?}")));
@@ -164,7 +166,8 @@ async fn differences(world: &World, ledger: &Ledger) -> Result<Vec<(Wrong, Strin
         }
         let links = node.links()?;
         if (tables.len(), links) != (wanted.len(), wanted.len()) {
-            let what = format!("{}: {} pods, {} records, {links} interfaces", node.name, wanted.len(), tables.len());
+            let what =
+                format!("{}: {} pods, {} records, {links} interfaces", node.name, wanted.len(), tables.len());
             wrong.push((Wrong::Leak, what));
         }
     }

@@ -24,7 +24,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use eniway_ipam::{
-    AddressRequest, AllocateRequest, Node, NodeKind, Parent, PodKey, Policy, Subnet, api::Allocation, net::Mac,
+    AddressRequest, AllocateRequest, Node, NodeKind, Parent, PodKey, Policy, Subnet, api::Allocation,
+    net::Mac,
 };
 use nix::sys::signal::{Signal, kill};
 use serde::Serialize;

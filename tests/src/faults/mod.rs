@@ -123,8 +123,7 @@ async fn one_store(options: &Options, with_etcd: bool, kills: (u32, u32), report
     let name = if with_etcd { "etcd" } else { "embedded" };
     let mut random = Rng::with_seed(options.seed ^ u64::from(with_etcd));
     let dir = std::env::temp_dir().join(format!("{}-{name}", options.id));
-    let world =
-        World::with_agents(&options.program, &dir, &options.id, random.u64(..), with_etcd).await?;
+    let world = World::with_agents(&options.program, &dir, &options.id, random.u64(..), with_etcd).await?;
     let (world, ledger) = (Arc::new(world), Arc::new(Ledger::default()));
     let churn = Arc::new(Churn::new(world.clone(), ledger.clone(), &options.id));
     world.start().await?;
@@ -138,12 +137,8 @@ async fn one_store(options: &Options, with_etcd: bool, kills: (u32, u32), report
     let mut callers: tokio::task::JoinSet<Result<()>> =
         kinds.map(|kind| churn.clone().caller(kind, random.fork())).collect();
     let (killed_allocators, killed_agents) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-    let killers = killer::all(killer::killers(
-        &churn,
-        kills,
-        &mut random,
-        (&killed_allocators, &killed_agents),
-    ));
+    let killers =
+        killer::all(killer::killers(&churn, kills, &mut random, (&killed_allocators, &killed_agents)));
     let mut etcd_restarts = 0;
     let watching = async {
         let mut round = 0u32;

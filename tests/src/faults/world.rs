@@ -103,7 +103,8 @@ impl NodeStand {
                 Ok(command)
             }
         };
-        let agent = Process::new(&format!("agent of {name}"), dir.join(format!("{name}.log")), Box::new(make));
+        let agent =
+            Process::new(&format!("agent of {name}"), dir.join(format!("{name}.log")), Box::new(make));
         Ok(Self { name, agent, allocator, pin_dir, config, netns })
     }
 
@@ -220,7 +221,12 @@ impl World {
         let end = tokio::time::Instant::now() + START;
         for node in &self.nodes {
             while let Err(error) = node.tables() {
-                ensure!(tokio::time::Instant::now() < end, "{}: {error:#}; its log: {}", node.name, node.agent.log.display());
+                ensure!(
+                    tokio::time::Instant::now() < end,
+                    "{}: {error:#}; its log: {}",
+                    node.name,
+                    node.agent.log.display()
+                );
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
