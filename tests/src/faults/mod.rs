@@ -140,6 +140,7 @@ async fn one_store(options: &Options, with_etcd: bool, kills: (u32, u32), report
     let killers =
         killer::all(killer::killers(&churn, kills, &mut random, (&killed_allocators, &killed_agents)));
     let mut etcd_restarts = 0;
+    let mut pauses = random.fork();
     let watching = async {
         let mut round = 0u32;
         loop {
@@ -157,7 +158,7 @@ async fn one_store(options: &Options, with_etcd: bool, kills: (u32, u32), report
                 );
             }
             if with_etcd && round.is_multiple_of(40) {
-                world.restart_etcd(Duration::from_millis(random.u64(..500))).await?;
+                world.restart_etcd(Duration::from_millis(pauses.u64(..500))).await?;
                 etcd_restarts += 1;
             }
         }
@@ -183,7 +184,7 @@ async fn one_store(options: &Options, with_etcd: bool, kills: (u32, u32), report
         check::settle(&world, &ledger, RECOVERY, false).await?;
         report.recovery_seconds = report.recovery_seconds.max(recovering.elapsed().as_secs_f64());
         // And nothing is left when everything is given back.
-        churn.release_all(&mut Rng::new()).await?;
+        churn.release_all(&mut random).await?;
         for node in &world.nodes {
             world.client(0)?.patient(RECOVERY).drain_node(&node.name).await?;
         }
