@@ -1,13 +1,13 @@
 //! Random SIGKILLs of allocators and agents while pods come and go and the VPC fails.
 //!
 //! The allocators and the agents are processes; the VPC outlives them in this one. Callers ask until they are answered, and a
-//! [`ledger`] knows what they were told. Three things are wrong, and counted: *duplicates* (two pods have one address, VLAN, MAC or
+//! `ledger` knows what they were told. Three things are wrong, and counted: *duplicates* (two pods have one address, VLAN, MAC or
 //! interface, at any side), *losses* (what a caller was told does not hold), *leaks* (something is left that nobody has).
 //!
-//! - [`world`]: the processes, the nodes, the VPC
-//! - [`vpc`]: the VPC behind a socket; [`allocator`]: the process that asks it
-//! - [`churn`]: the callers; [`killer`]: who kills, and when
-//! - [`check`]: comparing all sides, while everything goes on and afterwards
+//! - `world`: the processes, the nodes, the VPC
+//! - `vpc`: the VPC behind a socket; `allocator`: the process that asks it
+//! - `churn`: the callers; `killer`: who kills, and when
+//! - `check`: comparing all sides, while everything goes on and afterwards
 //! - [`forwarding`]: packets between pods while etcd, allocators and agents stop
 
 mod allocator;
