@@ -8,7 +8,7 @@ use std::{
 use datapath_common::abi::maps::{DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_PARENTS};
 use eniway_ipam::rpc::Address;
 use ipnet::Ipv4Net;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::net::InterfaceName;
 
@@ -18,11 +18,19 @@ pub const DEFAULT_PATH: &str = "/etc/eniway/agent.toml";
 /// Flows that may be remembered at the most.
 pub const MAX_FLOWS: u32 = 1 << 24;
 
-/// Why a configuration is not used.
+/// Why a configuration, the agent's or the allocator's, is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file cannot be read.
+    /// The configuration itself cannot be read.
     #[error("cannot read the configuration {}: {source}; name another file with --config", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file or directory that it names cannot be used.
+    #[error("cannot read {}: {source}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -240,6 +248,17 @@ pub fn start_log(level: &str) {
     env_logger::Builder::from_env(filter).init();
 }
 
+/// The text of a configuration file.
+pub(crate) fn text_of(path: &Path) -> Result<String, ConfigError> {
+    fs::read_to_string(path).map_err(|source| ConfigError::Open { path: path.to_owned(), source })
+}
+
+/// What a configuration file's text says.
+pub(crate) fn from_toml<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T, ConfigError> {
+    toml::from_str(text)
+        .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })
+}
+
 impl Config {
     /// Reads a configuration file.
     ///
@@ -247,9 +266,7 @@ impl Config {
     ///
     /// When the file cannot be read or says anything that is not understood in full.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text =
-            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text, path)
+        Self::parse(&text_of(path)?, path)
     }
 
     /// Reads a configuration from text; `path` is for messages.
@@ -258,8 +275,7 @@ impl Config {
     ///
     /// As [`load`](Self::load).
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text)
-            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        let config: Self = from_toml(text, path)?;
         match config.problem() {
             None => Ok(config),
             Some((key, problem)) => Err(ConfigError::Value { path: path.to_owned(), key, problem }),

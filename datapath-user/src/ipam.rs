@@ -15,38 +15,17 @@ use eniway_ipam::{
 };
 use serde::Deserialize;
 
+use crate::config::{self, ConfigError};
+
 /// Where the allocator's configuration is looked for when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/eniway/ipam.toml";
 
 /// Why the allocator does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum IpamError {
-    /// A file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The file is not TOML, has an unknown key, lacks one, or a value is of the wrong kind.
-    #[error("{}: {source}", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Says line and column.
-        source: Box<toml::de::Error>,
-    },
-    /// A value makes no sense.
-    #[error("{}: `{key}`: {problem}", path.display())]
-    Value {
-        /// The file.
-        path: PathBuf,
-        /// The key, with the names of its tables.
-        key: String,
-        /// What is wrong and what is right.
-        problem: String,
-    },
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The allocator itself: its store, its records.
     #[error("the allocator cannot start: {0}")]
     Allocator(#[from] eniway_ipam::Error),
@@ -140,13 +119,13 @@ impl TlsFiles {
     /// # Errors
     ///
     /// When one cannot be read.
-    pub fn read(&self) -> Result<Tls, IpamError> {
+    pub fn read(&self) -> Result<Tls, ConfigError> {
         Ok(Tls { ca: read(&self.ca)?, certificate: read(&self.cert)?, key: read(&self.key)? })
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, IpamError> {
-    fs::read(path).map_err(|source| IpamError::Read { path: path.to_owned(), source })
+fn read(path: &Path) -> Result<Vec<u8>, ConfigError> {
+    fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
 }
 
 /// Where the records are kept.
@@ -250,10 +229,8 @@ impl Config {
     /// # Errors
     ///
     /// When the file cannot be read or says anything that is not understood in full.
-    pub fn load(path: &Path) -> Result<Self, IpamError> {
-        let text =
-            fs::read_to_string(path).map_err(|source| IpamError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text, path)
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        Self::parse(&config::text_of(path)?, path)
     }
 
     /// Reads a configuration from text; `path` is for messages.
@@ -261,9 +238,8 @@ impl Config {
     /// # Errors
     ///
     /// As [`load`](Self::load).
-    pub fn parse(text: &str, path: &Path) -> Result<Self, IpamError> {
-        let mut config: Self = toml::from_str(text)
-            .map_err(|source| IpamError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let mut config: Self = config::from_toml(text, path)?;
         config.path = path.to_owned();
         if config.tls.is_none()
             && let Some(Listen::Tls(address)) =
@@ -275,8 +251,8 @@ impl Config {
         Ok(config)
     }
 
-    fn wrong(&self, key: &str, problem: String) -> IpamError {
-        IpamError::Value { path: self.path.clone(), key: key.to_owned(), problem }
+    fn wrong(&self, key: &str, problem: String) -> ConfigError {
+        ConfigError::Value { path: self.path.clone(), key: key.to_owned(), problem }
     }
 
     fn settings(&self) -> Settings {
@@ -302,7 +278,7 @@ impl Config {
             StoreConfig::Embedded { path } => {
                 if let Some(directory) = path.parent() {
                     fs::create_dir_all(directory)
-                        .map_err(|source| IpamError::Read { path: directory.to_owned(), source })?;
+                        .map_err(|source| ConfigError::Read { path: directory.to_owned(), source })?;
                 }
                 Ok(Arc::new(EmbeddedStore::open(path).map_err(eniway_ipam::Error::from)?))
             }
@@ -310,14 +286,17 @@ impl Config {
                 let identity = match (cert, key) {
                     (Some(cert), Some(key)) => Some((read(cert)?, read(key)?)),
                     (None, None) => None,
-                    _ => return Err(self.wrong("store.cert", "`cert` and `key` go together".to_owned())),
+                    _ => {
+                        return Err(self
+                            .wrong("store.cert", "`cert` and `key` go together".to_owned())
+                            .into());
+                    }
                 };
                 let tls = match ca {
                     Some(ca) => Some(EtcdTls { ca: read(ca)?, identity }),
                     None if identity.is_some() => {
-                        return Err(
-                            self.wrong("store.ca", "`cert` and `key` need `ca` beside them".to_owned())
-                        );
+                        let problem = "`cert` and `key` need `ca` beside them".to_owned();
+                        return Err(self.wrong("store.ca", problem).into());
                     }
                     None => None,
                 };

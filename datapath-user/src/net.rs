@@ -1,67 +1,9 @@
 //! Small values of the network, valid by construction.
 
-use std::{fmt, num::NonZeroU16, str::FromStr};
+use std::{fmt, num::NonZeroU16};
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-
-/// A MAC address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Mac(pub [u8; 6]);
-
-/// Why a text is not a MAC address.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not a MAC address such as fa:16:3e:00:01:02")]
-pub struct MacError(String);
-
-impl Mac {
-    /// Whether an interface may carry it: not multicast, not all zero.
-    pub fn is_assignable(self) -> bool {
-        self.0[0] & 1 == 0 && self.0 != [0; 6]
-    }
-}
-
-impl FromStr for Mac {
-    type Err = MacError;
-
-    fn from_str(text: &str) -> Result<Self, MacError> {
-        let error = || MacError(text.to_owned());
-        let mut bytes = [0; 6];
-        let mut parts = text.split(':');
-        for byte in &mut bytes {
-            let part = parts
-                .next()
-                .filter(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
-                .ok_or_else(error)?;
-            *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
-        }
-        if parts.next().is_some() { Err(error()) } else { Ok(Self(bytes)) }
-    }
-}
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
-}
-
-impl Serialize for Mac {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Mac {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mac: Self = String::deserialize(deserializer)?.parse().map_err(de::Error::custom)?;
-        if !mac.is_assignable() {
-            return Err(de::Error::custom(format_args!(
-                "{mac} cannot be an interface's address: it is multicast or zero"
-            )));
-        }
-        Ok(mac)
-    }
-}
+pub use eniway_ipam::net::Mac;
+use serde::{Deserialize, Deserializer, de};
 
 /// A VLAN id that can carry a pod: 1 to 4094.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -136,29 +78,6 @@ pub fn ifname(index: u32) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn macs_read_and_print_alike() {
-        let text = "fa:16:3e:00:01:02";
-        assert_eq!(text.parse::<Mac>().unwrap().to_string(), text);
-        for bad in [
-            "",
-            "fa:16:3e:00:01",
-            "fa:16:3e:00:01:02:03",
-            "fa:16:3e:00:01:0g",
-            "fa-16-3e-00-01-02",
-            "+a:16:3e:00:01:02",
-        ] {
-            assert!(bad.parse::<Mac>().is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn multicast_and_zero_are_not_assignable() {
-        assert!(!Mac([0; 6]).is_assignable());
-        assert!(!Mac([1, 0, 0, 0, 0, 1]).is_assignable());
-        assert!(Mac([2, 0, 0, 0, 0, 1]).is_assignable());
-    }
 
     #[test]
     fn vlan_ids_end_at_4094() {

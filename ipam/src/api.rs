@@ -183,6 +183,8 @@ pub enum Released {
 /// What a node's agent reports about what it was told.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Acknowledgement {
+    /// The store's id: an acknowledgement for another store says nothing here.
+    pub store: String,
     /// Everything up to this revision is in the kernel, except what is named below.
     pub revision: Revision,
     /// All allocations that the agent could not put into the kernel: the full list each time.

@@ -14,6 +14,15 @@ use crate::{api::Allocation, model::PodKey, store::Revision};
 /// How many changes of one node are kept for watchers that fall behind.
 const KEPT: usize = 4096;
 
+/// How far a watcher has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The store's id.
+    pub store: String,
+    /// The revision in it that was seen last.
+    pub revision: Revision,
+}
+
 /// One change of a node's allocations.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AllocationChange {

@@ -38,7 +38,7 @@ pub use api::{
     Acknowledgement, AddressRequest, AllocateRequest, Allocation, Confirm, Error, Released, Settings,
 };
 pub use clock::{Clock, ManualClock, SystemClock};
-pub use feed::{AllocationChange, Notice, Watch};
+pub use feed::{AllocationChange, Notice, Position, Watch};
 pub use model::{Node, NodeKind, Parent, PodKey, Policy, Subnet};
 pub use store::{EmbeddedStore, EtcdSettings, EtcdStore, EtcdTls, Store};
 pub use vpc::{MemoryVpc, Vpc};

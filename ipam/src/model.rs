@@ -2,6 +2,7 @@
 //!
 //! | key | value | written when |
 //! |---|---|---|
+//! | `store` | the store's id, a random word: revisions of two stores have nothing to do with each other | the first allocator opens it |
 //! | `subnets` | all container subnets ([`Subnet`]) in one list, so that overlaps are found atomically | a subnet is added |
 //! | `node/<name>` | [`Node`]: the node's settings, and whether it is draining | settings change; gone when drained |
 //! | `pool/<node>` | [`Pool`]: serialises growth and shrinking of one node's pool | interfaces join a node, or are given back at a pace |
@@ -447,6 +448,9 @@ pub struct Leak {
 /// The keys of the store.
 pub mod keys {
     use super::PodKey;
+
+    /// The store's id.
+    pub const STORE: &str = "store";
 
     /// All subnets.
     pub const SUBNETS: &str = "subnets";

@@ -12,16 +12,29 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Mac(pub [u8; 6]);
 
-/// Why a text is not a MAC address.
+/// Why a text is not the MAC address of an interface.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not a MAC address such as fa:16:3e:00:01:02")]
-pub struct MacError(String);
+pub enum MacError {
+    /// It is something else.
+    #[error("`{0}` is not a MAC address such as fa:16:3e:00:01:02")]
+    Malformed(String),
+    /// It is multicast or zero.
+    #[error("{0} cannot be an interface's address: it is multicast or zero")]
+    NotAssignable(Mac),
+}
+
+impl Mac {
+    /// Whether an interface may carry it: not multicast, not all zero.
+    pub fn is_assignable(self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
+}
 
 impl FromStr for Mac {
     type Err = MacError;
 
     fn from_str(text: &str) -> Result<Self, MacError> {
-        let error = || MacError(text.to_owned());
+        let error = || MacError::Malformed(text.to_owned());
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
@@ -32,7 +45,11 @@ impl FromStr for Mac {
                 .ok_or_else(error)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
         }
-        if parts.next().is_some() { Err(error()) } else { Ok(Self(bytes)) }
+        if parts.next().is_some() {
+            return Err(error());
+        }
+        let mac = Self(bytes);
+        if mac.is_assignable() { Ok(mac) } else { Err(MacError::NotAssignable(mac)) }
     }
 }
 
@@ -129,8 +146,17 @@ mod tests {
             "fa:16:3e:00:01:+2",
             "fa:16:3e:00:01:2",
             "fa:16:3e:00:01:0g",
+            "fa-16-3e-00-01-02",
         ] {
-            assert!(bad.parse::<Mac>().is_err(), "{bad}");
+            assert_eq!(bad.parse::<Mac>(), Err(MacError::Malformed(bad.to_owned())));
+        }
+    }
+
+    #[test]
+    fn multicast_and_zero_are_no_interfaces_address() {
+        for bad in ["00:00:00:00:00:00", "01:00:5e:00:00:01", "ff:ff:ff:ff:ff:ff"] {
+            let error = bad.parse::<Mac>().unwrap_err().to_string();
+            assert!(error.contains(bad) && error.contains("multicast"), "{error}");
         }
     }
 }

@@ -28,6 +28,8 @@ pub(crate) struct View {
     tombstones: HashMap<String, Revision>,
     /// The newest revision seen.
     pub(crate) latest: Revision,
+    /// The store's id; empty before it has one.
+    pub(crate) store: String,
     pub(crate) subnets: Vec<Subnet>,
     pub(crate) nodes: HashMap<String, Arc<Node>>,
     pub(crate) pools: HashMap<String, Pool>,
@@ -103,6 +105,7 @@ impl View {
         }
         let (table, rest) = key.split_once('/').unwrap_or((key, ""));
         match table {
+            keys::STORE => self.store = decode(key, value)?.unwrap_or_default(),
             keys::SUBNETS => {
                 self.subnets = decode(key, value)?.unwrap_or_default();
                 self.dirty.extend(self.nodes.keys().cloned());

@@ -568,7 +568,7 @@ impl Run {
         assert_eq!(self.vpc.interfaces(), [], "seed {seed}");
         let left: Vec<_> =
             self.store.range("").await.unwrap().entries.into_iter().map(|entry| entry.key).collect();
-        assert_eq!(left, ["subnets"], "seed {seed}");
+        assert_eq!(left, ["store", "subnets"], "seed {seed}");
         assert_eq!(self.vpc.violations(), Violations::default(), "seed {seed}");
     }
 }

@@ -13,7 +13,7 @@ use std::{
 
 use eniway_ipam::{
     Acknowledgement, AddressRequest, AllocateRequest, AllocationChange, Allocator, Confirm, EmbeddedStore,
-    MemoryVpc, Node, NodeKind, Notice, Parent, PodKey, Policy, Settings, Subnet, SystemClock,
+    MemoryVpc, Node, NodeKind, Notice, Parent, PodKey, Policy, Position, Settings, Subnet, SystemClock,
     api::{RefusedByAgent, Released},
     net::Mac,
     rpc::{self, Address, Client, ClientError, Event, Follower, Listener, ServeError, Tls, proto::Reason},
@@ -235,7 +235,16 @@ async fn allocation_waits_for_the_agent() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!waiting.is_finished());
     let revision = client.list(None).await.unwrap()[0].revision;
-    client.acknowledge("n", &Acknowledgement { revision, refused: vec![] }).await.unwrap();
+    // An agent that has come so far with another store has not seen this pod.
+    let other = Acknowledgement { store: "other".into(), revision, refused: vec![] };
+    client.acknowledge("n", &other).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!waiting.is_finished());
+    let store = follower.position().unwrap().store.clone();
+    client
+        .acknowledge("n", &Acknowledgement { store: store.clone(), revision, refused: vec![] })
+        .await
+        .unwrap();
     waiting.await.unwrap().unwrap();
 
     // What the agent refuses is said to who waits.
@@ -245,7 +254,7 @@ async fn allocation_waits_for_the_agent() {
     });
     follow_until(&mut follower, &mut pods, "b").await;
     let refused = vec![RefusedByAgent { key: key("b"), reason: "no such namespace".into() }];
-    client.acknowledge("n", &Acknowledgement { revision: revision + 100, refused }).await.unwrap();
+    client.acknowledge("n", &Acknowledgement { store, revision: revision + 100, refused }).await.unwrap();
     let error = waiting.await.unwrap().unwrap_err();
     assert_eq!(error.reason(), Some(Reason::RefusedByAgent));
     assert!(error.to_string().contains("no such namespace"), "{error}");
@@ -267,6 +276,8 @@ async fn a_watch_continues_or_begins_with_a_snapshot() {
         panic!("no snapshot")
     };
     assert_eq!(allocations.len(), 1);
+    let store = watch.position().unwrap().store.clone();
+    let at = |revision| Position { store: store.clone(), revision };
     client.allocate(&request("n", "b"), None).await.unwrap();
     let Notice::Changes { changes, .. } = timeout(SOON, watch.next()).await.unwrap().unwrap() else {
         panic!("no changes")
@@ -274,17 +285,17 @@ async fn a_watch_continues_or_begins_with_a_snapshot() {
     assert!(matches!(&changes[..], [AllocationChange::Put(put)] if put.name == "b"));
 
     // From before: only what is new. From now: that nothing is. From what nobody remembers, or a future: everything.
-    let mut watch = client.watch("n", Some(revision)).await.unwrap();
+    let mut watch = client.watch("n", Some(&at(revision))).await.unwrap();
     let Notice::Changes { changes, revision: now, .. } = watch.next().await.unwrap() else {
         panic!("no changes")
     };
     assert_eq!(changes.len(), 1);
-    let mut watch = client.watch("n", Some(now)).await.unwrap();
+    let mut watch = client.watch("n", Some(&at(now))).await.unwrap();
     let Notice::Changes { changes, .. } = timeout(SOON, watch.next()).await.unwrap().unwrap() else {
         panic!("no changes")
     };
     assert!(changes.is_empty());
-    let mut ahead = client.watch("n", Some(1 << 40)).await.unwrap();
+    let mut ahead = client.watch("n", Some(&at(1 << 40))).await.unwrap();
     assert!(
         matches!(ahead.next().await.unwrap(), Notice::Snapshot { allocations, .. } if allocations.len() == 2)
     );
@@ -295,10 +306,45 @@ async fn a_watch_continues_or_begins_with_a_snapshot() {
     // An allocator's memory of changes begins with its start.
     let running = world.on_socket().await;
     let client = client.patient(SOON);
-    let mut watch = client.watch("n", Some(revision)).await.unwrap();
+    let mut watch = client.watch("n", Some(&at(revision))).await.unwrap();
     assert!(
         matches!(watch.next().await.unwrap(), Notice::Snapshot { allocations, .. } if allocations.len() == 2)
     );
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_position_in_another_store_leads_to_a_snapshot() {
+    let world = World::new();
+    let running = world.on_socket().await;
+    let client = world.client();
+    let mut follower = client.follow("n");
+    client.allocate(&request("n", "old"), None).await.unwrap();
+    let mut pods = Vec::new();
+    follow_until(&mut follower, &mut pods, "old").await;
+    let before = follower.position().unwrap().clone();
+    running.stop().await;
+
+    // A new store, whose revisions have come past that one before the watch is there again.
+    fs::remove_file(world.path("ipam.redb")).unwrap();
+    let running = world.on_socket().await;
+    for pod in ["a", "b", "c", "d", "e", "f", "g", "h"] {
+        running.allocator.allocate(&request("n", pod)).await.unwrap();
+    }
+    let newest = running.allocator.list(Some("n")).iter().map(|pod| pod.revision).max().unwrap();
+    assert!(newest > before.revision, "{newest} and {before:?}");
+    let Notice::Snapshot { allocations, .. } = next(&mut follower).await else {
+        panic!("changes since another store's revision")
+    };
+    assert_eq!(allocations.len(), 8);
+    let after = follower.position().unwrap();
+    assert_ne!(after.store, before.store);
+
+    // The same store keeps its id.
+    let store = after.store.clone();
+    running.stop().await;
+    let running = world.on_socket().await;
+    assert_eq!(running.allocator.store_id(), store);
     running.stop().await;
 }
 

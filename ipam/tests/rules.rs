@@ -7,7 +7,7 @@ use std::{collections::HashSet, time::Duration};
 use common::{MINUTE, SECOND, World, node, request, static_request, subnet};
 use eniway_ipam::{
     Acknowledgement, AddressRequest, AllocateRequest, AllocationChange, Confirm, Error, Node, NodeKind,
-    Notice, Parent, PodKey, Policy, Released, Settings,
+    Notice, Parent, PodKey, Policy, Position, Released, Settings,
     model::LeakKind,
     vpc::{CreateInterface, Fault, Operation, Vpc, VpcError, WantIpv6},
 };
@@ -614,11 +614,12 @@ async fn a_watch_starts_with_a_snapshot_and_continues_from_a_revision() {
     assert_eq!(changes, expected);
 
     // Another watcher continues from where the first one was.
-    let mut late = world.allocator().watch("a", Some(revision));
+    let here = Position { store: world.allocator().store_id(), revision };
+    let mut late = world.allocator().watch("a", Some(&here));
     assert!(matches!(late.next().await, Some(Notice::Changes { changes, .. }) if changes == expected));
     // After a restart that history is gone: a snapshot, never nothing.
     world.restart().await;
-    let mut late = world.allocator().watch("a", Some(revision));
+    let mut late = world.allocator().watch("a", Some(&here));
     assert!(
         matches!(late.next().await, Some(Notice::Snapshot { allocations, .. }) if *allocations[0] == second)
     );
@@ -635,14 +636,16 @@ async fn an_allocation_can_wait_for_the_agent() {
     world.add_node("a", 20, PRE_BOUND).await;
     world.tick().await;
     let pod = world.allocate("a", "pod").await.unwrap();
+    let acknowledgement =
+        |refused| Acknowledgement { store: world.allocator().store_id(), revision: pod.revision, refused };
     let programmed = world.allocator().programmed(&pod, 5 * SECOND);
     tokio::pin!(programmed);
     assert!(futures_poll(&mut programmed).is_none());
-    world.allocator().ack("a", Acknowledgement { revision: pod.revision, refused: Vec::new() });
+    world.allocator().ack("a", acknowledgement(Vec::new()));
     programmed.await.unwrap();
     let refused =
         eniway_ipam::api::RefusedByAgent { key: pod.key.clone(), reason: "VLAN 7 has another owner".into() };
-    world.allocator().ack("a", Acknowledgement { revision: pod.revision, refused: vec![refused] });
+    world.allocator().ack("a", acknowledgement(vec![refused]));
     let error = world.allocator().programmed(&pod, 5 * SECOND).await.unwrap_err().to_string();
     assert!(error.contains("VLAN 7 has another owner"), "{error}");
 }

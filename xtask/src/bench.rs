@@ -30,16 +30,20 @@ pub(crate) fn run(bench: Bench, report: Option<&Path>) -> Result<()> {
             "bench",
         ]))?;
         let packages = ["--package", "datapath-user", "--package", crates::LAB];
-        let programs = ["--bin", "eniway", "--bin", "eniway-bench-ipam"];
+        let programs = ["--bin", "eniway", "--bin", "eniway-bench-ipam", "--bin", "eniway-bench-faults"];
         cmd::run(cmd::cargo(&["build", "--locked", "--release"]).args(packages).args(programs))
     })?;
     let debug = lab::bin_dir()?;
     let bin = debug.parent().context("the target directory")?.join("release");
-    let mut sync = Command::new(bin.join("eniway-bench-ipam"));
-    sync.env("ENIWAY_BIN", bin.join("eniway"));
-    if let Some(report) = report {
-        sync.arg("--report").arg(report);
-    }
+    let program = |name: &str| {
+        let mut program = Command::new(bin.join(name));
+        program.env("ENIWAY_BIN", bin.join("eniway"));
+        if let Some(report) = report {
+            program.arg("--report").arg(report);
+        }
+        program
+    };
+    let mut sync = program("eniway-bench-ipam");
     for part in ["embedded", "scale"] {
         let figures = bin.join(format!("bench-ipam-{part}.json"));
         cmd::step(&format!("the allocator: {part}"), || {
@@ -51,7 +55,8 @@ pub(crate) fn run(bench: Bench, report: Option<&Path>) -> Result<()> {
             sync.arg("--add").arg(figures);
         }
     }
-    cmd::step("from the allocator's word to the kernel", || cmd::run(&mut sync))
+    cmd::step("from the allocator's word to the kernel", || cmd::run(&mut sync))?;
+    cmd::step("kills of allocators and agents", || cmd::run(&mut program("eniway-bench-faults")))
 }
 
 const ALLOCATOR: &str = "eniway-ipam";

@@ -263,7 +263,7 @@ fn tls(
     key: Option<&PathBuf>,
 ) -> Result<Option<Tls>, IpamError> {
     let (Some(ca), Some(cert), Some(key)) = (ca, cert, key) else { return Ok(None) };
-    TlsFiles { ca: ca.clone(), cert: cert.clone(), key: key.clone() }.read().map(Some)
+    Ok(Some(TlsFiles { ca: ca.clone(), cert: cert.clone(), key: key.clone() }.read()?))
 }
 
 struct Agent {

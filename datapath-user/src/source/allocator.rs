@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{Desired, Pod, Refused, State, owner_of, vlan_id};
 use crate::{
     ipam::{self, IpamError},
-    net::{InterfaceName, Mac},
+    net::InterfaceName,
     wiring,
 };
 
@@ -62,9 +62,14 @@ pub enum Change {
     },
 }
 
+/// A notice and the id of the store that it is of, or why there is none.
+type Heard = Result<(Notice, String), String>;
+
 /// The allocator, seen from the agent.
 pub struct AllocatorSource {
-    told: mpsc::Receiver<Result<Notice, String>>,
+    told: mpsc::Receiver<Heard>,
+    /// The store that the last notice was of.
+    store: String,
     acknowledged: watch::Sender<Option<Acknowledgement>>,
     parents: Arc<[String]>,
 }
@@ -87,7 +92,9 @@ impl AllocatorSource {
         tokio::spawn(async move {
             loop {
                 let event = match follower.next().await {
-                    Event::Notice(notice) => Ok(notice),
+                    Event::Notice(notice) => {
+                        Ok((notice, follower.position().map(|at| at.store.clone()).unwrap_or_default()))
+                    }
                     Event::Away(error) => Err(error.to_string()),
                 };
                 if tell.send(event).await.is_err() {
@@ -106,7 +113,7 @@ impl AllocatorSource {
                 }
             }
         });
-        Ok(Self { told, acknowledged, parents: parents.into() })
+        Ok(Self { told, store: String::new(), acknowledged, parents: parents.into() })
     }
 
     /// Runs an allocator on a thread of its own, which ends with this value, and follows it.
@@ -129,7 +136,7 @@ impl AllocatorSource {
         };
         thread::Builder::new().name("ipam".to_owned()).spawn(run).map_err(IpamError::Runtime)?;
         start.await.map_err(|_| IpamError::Died)??;
-        Ok(Self { told, acknowledged, parents: parents.into() })
+        Ok(Self { told, store: String::new(), acknowledged, parents: parents.into() })
     }
 
     /// The next thing that the allocator says. May be dropped and called again without losing anything.
@@ -139,6 +146,10 @@ impl AllocatorSource {
             std::future::pending::<()>().await;
             return Told::Away("the allocator's thread has ended".to_owned());
         };
+        let told = told.map(|(notice, store)| {
+            self.store = store;
+            notice
+        });
         self.translate(told)
     }
 
@@ -149,7 +160,11 @@ impl AllocatorSource {
 
     /// Says how far the kernel has come, and what could not be done.
     pub fn acknowledge(&self, revision: u64, refused: Vec<RefusedByAgent>) {
-        self.acknowledged.send_replace(Some(Acknowledgement { revision, refused }));
+        self.acknowledged.send_replace(Some(Acknowledgement {
+            store: self.store.clone(),
+            revision,
+            refused,
+        }));
     }
 
     fn translate(&self, told: Result<Notice, String>) -> Told {
@@ -201,7 +216,7 @@ async fn embedded(
     config: ipam::Config,
     node: String,
     started: oneshot::Sender<Result<(), IpamError>>,
-    tell: mpsc::Sender<Result<Notice, String>>,
+    tell: mpsc::Sender<Heard>,
     mut newest: watch::Receiver<Option<Acknowledgement>>,
 ) {
     let (allocator, listeners) = match ipam::open(&config).await {
@@ -209,10 +224,10 @@ async fn embedded(
         Err(error) => return drop(started.send(Err(error))),
     };
     let mut notices = allocator.watch(&node, None);
-    let teller = tell.clone();
+    let (teller, store) = (tell.clone(), allocator.store_id());
     let follow = async move {
         while let Some(notice) = notices.next().await {
-            if teller.send(Ok(notice)).await.is_err() {
+            if teller.send(Ok((notice, store.clone()))).await.is_err() {
                 return;
             }
         }
@@ -270,7 +285,7 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         Some(_) => None,
         None => Some(wiring::host_interface_name(&allocation.key.container_id, interface.as_str())),
     };
-    let mac = Mac(allocation.mac.0);
+    let mac = allocation.mac;
     let pod = Pod {
         uid: allocation.key.uid.clone(),
         namespace: allocation.namespace.clone(),
@@ -289,7 +304,7 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         ipv6: allocation.addresses.ipv6,
         subnet: allocation.subnet.trunc(),
         gateway: allocation.gateway,
-        gateway_mac: Mac(allocation.gateway_mac.0),
+        gateway_mac: allocation.gateway_mac,
         gateway_ipv6: allocation.gateway_ipv6,
         mtu: allocation.mtu,
         policy: 0,

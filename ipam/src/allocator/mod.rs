@@ -33,7 +33,7 @@ use crate::{
         Released, Settings, SubnetStatus, check_node,
     },
     clock::{Clock, Instant},
-    feed::{Feed, Watch},
+    feed::{Feed, Position, Watch},
     model::{Interface, Node, PodKey, State, Subnet, keys},
     store::{Change, Commit, Revision, Store, StoreError, Transaction, Watched},
     view::{Draft, Touched, View, decode},
@@ -146,6 +146,7 @@ impl Allocator {
         let allocator = Self { inner: inner.clone(), _running: Arc::new(Running(inner.clone())) };
         let revision = inner.load(true).await?;
         inner.spawn(inner.clone().follow(revision + 1));
+        inner.name_store().await?;
         inner.take_up_intents();
         Ok(allocator)
     }
@@ -212,14 +213,25 @@ impl Allocator {
         }
     }
 
-    /// What a node's agent must know, from a snapshot on, or from the revision of the last notice it has seen.
-    pub fn watch(&self, node: &str, from: Option<Revision>) -> Watch {
+    /// The id of the store: what a revision is worth is known with it only.
+    pub fn store_id(&self) -> String {
+        self.inner.view().store.clone()
+    }
+
+    /// What a node's agent must know, from a snapshot on, or from the last notice it has seen. A position in another store
+    /// leads to a snapshot.
+    pub fn watch(&self, node: &str, from: Option<&Position>) -> Watch {
+        let store = self.store_id();
+        let from = from.filter(|position| position.store == store).map(|position| position.revision);
         self.inner.feed.watch(node, from)
     }
 
-    /// A node's agent reports how far it has come. Kept in memory: agents report again after they reconnect.
+    /// A node's agent reports how far it has come. Kept in memory: agents report again after they reconnect. What it has of
+    /// another store says nothing about this one.
     pub fn ack(&self, node: &str, acknowledgement: Acknowledgement) {
-        self.inner.acknowledgements(node).send_replace(acknowledgement);
+        if acknowledgement.store == self.store_id() {
+            self.inner.acknowledgements(node).send_replace(acknowledgement);
+        }
     }
 
     /// Returns when the node's agent has put the allocation into the kernel, or says that it could not.
@@ -228,7 +240,7 @@ impl Allocator {
         let reached = async {
             loop {
                 {
-                    let Acknowledgement { revision, refused } = &*acknowledged.borrow_and_update();
+                    let Acknowledgement { revision, refused, .. } = &*acknowledged.borrow_and_update();
                     if *revision >= allocation.revision {
                         let refusal = refused.iter().find(|refused| refused.key == allocation.key);
                         return refusal.map_or(Ok(()), |refused| {
@@ -462,6 +474,22 @@ impl Inner {
             .entry(node.to_owned())
             .or_insert_with(|| watch::Sender::new(Acknowledgement::default()))
             .clone()
+    }
+
+    /// Gives the store an id, if no allocator has done so yet.
+    async fn name_store(&self) -> Result<(), Error> {
+        loop {
+            let transaction = {
+                let view = self.view();
+                if !view.store.is_empty() {
+                    return Ok(());
+                }
+                let mut draft = Draft::new(&view);
+                draft.put(keys::STORE.to_owned(), &format!("{:016x}", fastrand::u64(..)))?;
+                draft.build()
+            };
+            self.commit(transaction).await?;
+        }
     }
 
     /// Reads everything and brings the view and the feed in line with it.

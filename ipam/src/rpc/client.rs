@@ -16,9 +16,8 @@ use crate::{
         Acknowledgement, AllocateRequest, Allocation, Confirm, CoolingStatus, LeakStatus, PoolStatus,
         Released, SubnetStatus,
     },
-    feed::Notice,
+    feed::{Notice, Position},
     model::{Node, PodKey, Subnet},
-    store::Revision,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -270,15 +269,19 @@ impl Client {
     /// # Errors
     ///
     /// When nobody answers.
-    pub async fn watch(&self, node: &str, from: Option<Revision>) -> Result<Notices, ClientError> {
-        let request = proto::WatchRequest { node: node.to_owned(), from_revision: from };
+    pub async fn watch(&self, node: &str, from: Option<&Position>) -> Result<Notices, ClientError> {
+        let request = proto::WatchRequest {
+            node: node.to_owned(),
+            from_revision: from.map(|position| position.revision),
+            store: from.map(|position| position.store.clone()).unwrap_or_default(),
+        };
         let stream = self
             .call(|mut stub| {
                 let request = request.clone();
                 async move { stub.watch(request).await }
             })
             .await?;
-        Ok(Notices { client: self.clone(), stream })
+        Ok(Notices { client: self.clone(), stream, position: None })
     }
 
     /// A watch that goes on for ever.
@@ -468,6 +471,7 @@ fn words(status: &Status) -> String {
 pub struct Notices {
     client: Client,
     stream: Streaming<proto::WatchResponse>,
+    position: Option<Position>,
 }
 
 impl Notices {
@@ -478,13 +482,23 @@ impl Notices {
     /// When the watch has ended.
     pub async fn next(&mut self) -> Result<Notice, ClientError> {
         match self.stream.message().await {
-            Ok(Some(message)) => convert::read_notice(message).map_err(|bad| self.client.bad(&bad)),
+            Ok(Some(message)) => {
+                let (notice, position) =
+                    convert::read_notice(message).map_err(|bad| self.client.bad(&bad))?;
+                self.position = Some(position);
+                Ok(notice)
+            }
             Ok(None) => Err(ClientError::Unreachable {
                 address: self.client.address.clone(),
                 problem: "it has ended the watch".to_owned(),
             }),
             Err(status) => Err(self.client.error(&status)),
         }
+    }
+
+    /// How far it has come: where another watch can go on.
+    pub fn position(&self) -> Option<&Position> {
+        self.position.as_ref()
     }
 }
 
@@ -503,7 +517,7 @@ pub enum Event {
 pub struct Follower {
     client: Client,
     node: String,
-    seen: Option<Revision>,
+    seen: Option<Position>,
     notices: Option<Notices>,
     backoff: Backoff,
     /// Until when to wait before the next attempt.
@@ -524,7 +538,7 @@ impl Follower {
         }
         let result = match &mut self.notices {
             Some(notices) => notices.next().await,
-            None => match self.client.watch(&self.node, self.seen).await {
+            None => match self.client.watch(&self.node, self.seen.as_ref()).await {
                 Ok(notices) => self.notices.insert(notices).next().await,
                 Err(error) => Err(error),
             },
@@ -532,8 +546,7 @@ impl Follower {
         match result {
             Ok(notice) => {
                 self.backoff.reset();
-                let (Notice::Snapshot { revision, .. } | Notice::Changes { revision, .. }) = &notice;
-                self.seen = Some(*revision);
+                self.seen = self.notices.as_ref().and_then(Notices::position).cloned();
                 Event::Notice(notice)
             }
             Err(error) => {
@@ -542,6 +555,11 @@ impl Follower {
                 Event::Away(error)
             }
         }
+    }
+
+    /// How far it has come.
+    pub fn position(&self) -> Option<&Position> {
+        self.seen.as_ref()
     }
 
     /// Forgets where it was: the next notice is a snapshot.

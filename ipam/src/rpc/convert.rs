@@ -12,7 +12,7 @@ use crate::{
         LeakStatus, PoolStatus, RefusedByAgent, SubnetStatus,
     },
     clock::Instant,
-    feed::{AllocationChange, Notice},
+    feed::{AllocationChange, Notice, Position},
     model::{LeakKind, Node, NodeKind, Parent, PodKey, Policy, Subnet},
     net::Addresses,
     vpc::{Kind, VpcError},
@@ -193,7 +193,7 @@ fn read_kind(kind: proto::Kind) -> Result<Kind> {
     }
 }
 
-pub(super) fn notice(notice: &Notice) -> proto::WatchResponse {
+pub(super) fn notice(notice: &Notice, store: &str) -> proto::WatchResponse {
     use proto::{change, watch_response::What};
     let (revision, confirmed, what) = match notice {
         Notice::Snapshot { revision, confirmed, allocations } => {
@@ -211,13 +211,18 @@ pub(super) fn notice(notice: &Notice) -> proto::WatchResponse {
             (revision, confirmed, What::Changes(proto::Changes { changes }))
         }
     };
-    proto::WatchResponse { revision: *revision, confirmed: *confirmed, what: Some(what) }
+    proto::WatchResponse {
+        revision: *revision,
+        confirmed: *confirmed,
+        what: Some(what),
+        store: store.to_owned(),
+    }
 }
 
-pub(super) fn read_notice(answer: proto::WatchResponse) -> Result<Notice> {
+pub(super) fn read_notice(answer: proto::WatchResponse) -> Result<(Notice, Position)> {
     use proto::{change, watch_response::What};
-    let proto::WatchResponse { revision, confirmed, what } = answer;
-    Ok(match need(what, "what")? {
+    let proto::WatchResponse { revision, confirmed, what, store } = answer;
+    let notice = match need(what, "what")? {
         What::Snapshot(proto::Snapshot { allocations }) => {
             let allocations = allocations.into_iter().map(|one| read_allocation(one).map(Into::into));
             Notice::Snapshot { revision, confirmed, allocations: allocations.collect::<Result<_>>()? }
@@ -235,7 +240,8 @@ pub(super) fn read_notice(answer: proto::WatchResponse) -> Result<Notice> {
                 changes: changes.into_iter().map(change).collect::<Result<_>>()?,
             }
         }
-    })
+    };
+    Ok((notice, Position { store, revision }))
 }
 
 pub(super) fn acknowledgement(node: &str, acknowledgement: &Acknowledgement) -> proto::AcknowledgeRequest {
@@ -247,6 +253,7 @@ pub(super) fn acknowledgement(node: &str, acknowledgement: &Acknowledgement) -> 
         node: node.to_owned(),
         revision: acknowledgement.revision,
         refused: acknowledgement.refused.iter().map(refused).collect(),
+        store: acknowledgement.store.clone(),
     }
 }
 
@@ -254,7 +261,7 @@ pub(super) fn read_acknowledgement(request: proto::AcknowledgeRequest) -> Result
     let refused =
         |refused: proto::Refused| Ok(RefusedByAgent { key: read_key(refused.key)?, reason: refused.reason });
     let refused = request.refused.into_iter().map(refused).collect::<Result<_>>()?;
-    Ok((request.node, Acknowledgement { revision: request.revision, refused }))
+    Ok((request.node, Acknowledgement { store: request.store, revision: request.revision, refused }))
 }
 
 fn policy(policy: Policy) -> proto::Policy {

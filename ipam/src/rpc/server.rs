@@ -27,7 +27,11 @@ use super::{
     MAX_MESSAGE, Tls, convert,
     proto::{self, ipam_server::IpamServer},
 };
-use crate::{Allocator, api::Released, feed::Notice};
+use crate::{
+    Allocator,
+    api::Released,
+    feed::{Notice, Position},
+};
 
 /// How long calls under way may take once the server ends. Whoever is cut off asks again.
 const FAREWELL: Duration = Duration::from_secs(3);
@@ -282,8 +286,10 @@ impl proto::ipam_server::Ipam for Service {
     type WatchStream = wrappers::ReceiverStream<Result<proto::WatchResponse, Status>>;
 
     async fn watch(&self, request: Request<proto::WatchRequest>) -> Answer<Self::WatchStream> {
-        let proto::WatchRequest { node, from_revision } = request.into_inner();
-        let mut watch = self.allocator.watch(&node, from_revision);
+        let proto::WatchRequest { node, from_revision, store } = request.into_inner();
+        let from = from_revision.map(|revision| Position { store, revision });
+        let mut watch = self.allocator.watch(&node, from.as_ref());
+        let store = self.allocator.store_id();
         let mut ending = self.ending.clone();
         let confirmed =
             self.allocator.nodes().iter().find(|known| known.name == node).map_or(0, |node| node.confirmed);
@@ -293,8 +299,8 @@ impl proto::ipam_server::Ipam for Service {
             let mut first = tokio::select! {
                 biased;
                 notice = watch.next() => notice,
-                () = std::future::ready(()) => from_revision.map(|revision| Notice::Changes {
-                    revision,
+                () = std::future::ready(()) => from.map(|position| Notice::Changes {
+                    revision: position.revision,
                     confirmed,
                     changes: Vec::new(),
                 }),
@@ -311,7 +317,7 @@ impl proto::ipam_server::Ipam for Service {
                         () = send.closed() => return,
                     },
                 };
-                if send.send(Ok(convert::notice(&notice))).await.is_err() {
+                if send.send(Ok(convert::notice(&notice, &store))).await.is_err() {
                     return;
                 }
             }

@@ -95,6 +95,19 @@ pub enum Rewire<'i> {
 
 type Carrier = Box<dyn Fn(Rewire<'_>) -> Result<(), String> + Send + Sync>;
 
+/// How many calls have met a fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Injected {
+    /// Failed without effect.
+    pub errors: u64,
+    /// Got no answer and had no effect.
+    pub timeouts: u64,
+    /// Were asked to come later.
+    pub throttled: u64,
+    /// Took effect without an answer.
+    pub replies_lost: u64,
+}
+
 /// A [`Vpc`] in memory.
 pub struct MemoryVpc {
     clock: Arc<dyn Clock>,
@@ -107,6 +120,7 @@ struct State {
     scripted: HashMap<Operation, VecDeque<Fault>>,
     calls: HashMap<Operation, u64>,
     violations: Violations,
+    injected: Injected,
     subnets: BTreeMap<String, Subnet>,
     parents: HashMap<String, Parent>,
     instances: HashMap<String, Instance>,
@@ -148,6 +162,7 @@ impl MemoryVpc {
             scripted: HashMap::new(),
             calls: HashMap::new(),
             violations: Violations::default(),
+            injected: Injected::default(),
             subnets: BTreeMap::new(),
             parents: HashMap::new(),
             instances: HashMap::new(),
@@ -257,6 +272,11 @@ impl MemoryVpc {
         self.state().violations
     }
 
+    /// The faults so far.
+    pub fn injected(&self) -> Injected {
+        self.state().injected
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -270,7 +290,15 @@ impl MemoryVpc {
         let (latency, fault) = {
             let mut state = self.state();
             *state.calls.entry(operation).or_default() += 1;
-            (state.latency(), state.fault(operation))
+            let (latency, fault) = (state.latency(), state.fault(operation));
+            match &fault {
+                None => {}
+                Some(Fault::ReplyLost) => state.injected.replies_lost += 1,
+                Some(Fault::Error(VpcError::TimedOut)) => state.injected.timeouts += 1,
+                Some(Fault::Error(VpcError::Throttled)) => state.injected.throttled += 1,
+                Some(Fault::Error(_)) => state.injected.errors += 1,
+            }
+            (latency, fault)
         };
         // Half of the time passes before the effect: callers that are dropped in between see both cases.
         self.pass(latency / 2).await;

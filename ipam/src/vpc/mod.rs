@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::net::{Addresses, Mac, VlanId};
-pub use memory::{Fault, Faults, MemoryVpc, Operation, Rewire, Violations};
+pub use memory::{Fault, Faults, Injected, MemoryVpc, Operation, Rewire, Violations};
 
 /// What kind of network interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -44,7 +44,7 @@ pub enum Attachment {
 }
 
 /// Which IPv6 address is wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WantIpv6 {
     /// None.
     No,
@@ -55,7 +55,7 @@ pub enum WantIpv6 {
 }
 
 /// The creation of an interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CreateInterface {
     /// The client token: a repeated call with it returns the interface that the first one created.
     pub token: String,
@@ -76,7 +76,7 @@ pub struct CreateInterface {
 }
 
 /// An interface as the VPC knows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VpcInterface {
     /// The VPC's id, never used again for another interface.
     pub id: String,
@@ -99,7 +99,7 @@ pub struct VpcInterface {
 }
 
 /// One page of a list.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Page {
     /// The interfaces.
     pub interfaces: Vec<VpcInterface>,
@@ -108,7 +108,7 @@ pub struct Page {
 }
 
 /// How full a subnet is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SubnetUsage {
     /// The subnet's id.
     pub id: String,
@@ -119,7 +119,7 @@ pub struct SubnetUsage {
 }
 
 /// Why the VPC did not do what was asked.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum VpcError {
     /// A quota is used up.
     #[error("the VPC's quota is used up: {what}; raise the quota or lower the pool's minimum")]

@@ -117,8 +117,11 @@ fn measure(args: &Args) -> Result<BTreeMap<String, Value>> {
     let before = bench.rss_kib()?;
     let mut times = Vec::with_capacity(args.changes as usize);
     let begin = Instant::now();
-    for _ in 0..args.changes {
+    for change in 1..=args.changes {
         times.push(bench.change()?);
+        if change % 20_000 == 0 {
+            eprintln!("{change} of {} changes, {:.0} s", args.changes, begin.elapsed().as_secs_f64());
+        }
     }
     let elapsed = begin.elapsed();
     let after = bench.rss_kib()?;
@@ -266,7 +269,11 @@ impl Bench {
     /// Says something, waits until it is in the kernel, and tells how many milliseconds that took.
     fn say(&mut self, what: What) -> Result<f64> {
         self.revision += 1;
-        let message = proto::WatchResponse { revision: self.revision, confirmed: 0, what: Some(what) };
+        let message = proto::WatchResponse {
+            revision: self.revision,
+            what: Some(what),
+            ..proto::WatchResponse::default()
+        };
         let (server, revision) = (self.server.clone(), self.revision);
         let acknowledged = &mut self.acknowledged;
         self.runtime.block_on(async {
