@@ -16,6 +16,7 @@ mod links;
 mod needs;
 mod setup;
 mod test;
+mod vm;
 
 /// Sets a machine up, runs the demo, the tests and the checks of eniway.
 #[derive(Parser)]
@@ -54,6 +55,9 @@ enum Task {
     Test {
         /// Which tests; all of them when not given. All but the host tests need root.
         group: Option<test::Group>,
+        /// The kernels of the tests in virtual machines.
+        #[arg(long, value_name = "VERSIONS", value_delimiter = ',', default_values_t = vm::matrix::KERNELS.map(String::from))]
+        kernels: Vec<String>,
         /// Only tests with this in their name, and whatever else the test runner understands.
         #[arg(last = true)]
         filter: Vec<String>,
@@ -77,7 +81,7 @@ fn main() -> ExitCode {
         Task::Doctor => doctor::run(),
         Task::Demo { keep, report } => lab::demo(keep, report.as_deref()).map(|()| true),
         Task::Lab { args } => lab::run(&args).map(|()| true),
-        Task::Test { group, filter } => test::run(group, &filter),
+        Task::Test { group, kernels, filter } => test::run(group, &kernels, &filter),
         Task::Bench { what, report } => bench::run(what, report.as_deref()).map(|()| true),
         Task::Check => check::run().map(|()| true),
     };
