@@ -66,7 +66,13 @@ enum Task {
     Bench {
         /// What.
         what: bench::Bench,
-        /// Add the figures to this JSON file.
+        /// What is counted; the benchmark's own choice when not given.
+        #[arg(long)]
+        engine: Option<bench::Engine>,
+        /// The kernel of the counted engine.
+        #[arg(long, value_name = "VERSION", default_value = "6.12")]
+        kernel: String,
+        /// Write the figures to this JSON file.
         #[arg(long, value_name = "FILE")]
         report: Option<PathBuf>,
     },
@@ -82,7 +88,9 @@ fn main() -> ExitCode {
         Task::Demo { keep, report } => lab::demo(keep, report.as_deref()).map(|()| true),
         Task::Lab { args } => lab::run(&args).map(|()| true),
         Task::Test { group, kernels, filter } => test::run(group, &kernels, &filter),
-        Task::Bench { what, report } => bench::run(what, report.as_deref()).map(|()| true),
+        Task::Bench { what, engine, kernel, report } => {
+            bench::run(what, engine, &kernel, report.as_deref()).map(|()| true)
+        }
         Task::Check => check::run().map(|()| true),
     };
     finish(done)

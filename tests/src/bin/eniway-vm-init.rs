@@ -16,7 +16,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use nix::{
     mount::{MsFlags, mount},
-    sys::reboot::{RebootMode, reboot},
+    sys::{
+        reboot::{RebootMode, reboot},
+        resource::{Resource, setrlimit},
+    },
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -25,6 +28,8 @@ const SPEC: &str = "/eniway-vm.json";
 const REPORT: &str = "/dev/ttyS1";
 /// Bits of /proc/sys/kernel/tainted that say that the kernel itself has complained: died, warned, locked up.
 const COMPLAINTS: u64 = 1 << 7 | 1 << 9 | 1 << 14;
+
+const FILES: u64 = 1 << 20;
 
 #[derive(Deserialize)]
 struct Spec {
@@ -88,6 +93,8 @@ fn prepare() -> Result<()> {
     {
         let _ = std::os::unix::fs::symlink(target, Path::new("/dev").join(link));
     }
+    // The kernel starts us with 1,024; a benchmark holds more programs and maps than that.
+    setrlimit(Resource::RLIMIT_NOFILE, FILES, FILES).context("the limit of open files")?;
     fs::write("/proc/sys/kernel/hostname", "eniway-vm").context("the host name")?;
     let up = Command::new("ip").args(["link", "set", "lo", "up"]).env("PATH", "/usr/sbin").status();
     ensure!(up.context("ip")?.success(), "cannot bring the loopback interface up");

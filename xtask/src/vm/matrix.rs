@@ -114,7 +114,7 @@ fn temporary(programs: &[(String, PathBuf)]) -> Result<PathBuf> {
 }
 
 /// What the lab runs, and what the kernel loads modules by.
-pub(super) fn tools() -> Result<Vec<PathBuf>> {
+pub(crate) fn tools() -> Result<Vec<PathBuf>> {
     let names = needs::LAB_TOOLS.iter().map(|tool| tool.program).chain(["modprobe"]);
     names.map(|name| needs::find_tool(name).with_context(|| format!("no program {name}"))).collect()
 }
