@@ -86,7 +86,6 @@ fn counted(
     let dirs: Vec<PathBuf> = report.iter().filter_map(|path| path.parent()).map(Path::to_path_buf).collect();
     let job = Job {
         kernel: &kernel,
-        engine: vm::Engine::Counted,
         runs: &[Run { name: name.into(), program, args }],
         tools: &vm::matrix::tools()?,
         files: &[],

@@ -11,12 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{
-    cmd, crates, lab,
-    needs::Scope,
-    setup,
-    vm::matrix,
-};
+use crate::{cmd, crates, lab, needs::Scope, setup, vm::matrix};
 
 /// A part of the tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

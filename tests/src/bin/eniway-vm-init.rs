@@ -88,8 +88,7 @@ fn prepare() -> Result<()> {
     ] {
         mount(Some(what), at, Some(kind), none, Some(options)).with_context(|| format!("mounting {at}"))?;
     }
-    for (link, target) in
-        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
     {
         let _ = std::os::unix::fs::symlink(target, Path::new("/dev").join(link));
     }
@@ -109,8 +108,11 @@ fn play(run: &Run, env: &BTreeMap<String, String>) -> Result<serde_json::Value> 
     let (mut output, input) = io::pipe()?;
     let mut command = Command::new(program);
     command.args(args).env_clear().envs(env).current_dir("/root").stdin(Stdio::null());
-    let mut child =
-        command.stdout(input.try_clone()?).stderr(input).spawn().with_context(|| format!("running {program}"))?;
+    let mut child = command
+        .stdout(input.try_clone()?)
+        .stderr(input)
+        .spawn()
+        .with_context(|| format!("running {program}"))?;
     // It holds the writing end as well.
     drop(command);
     let mut buffer = [0; 4096];

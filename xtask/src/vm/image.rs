@@ -157,7 +157,8 @@ impl Image {
 
 /// `/lib/x` as `/usr/lib/x`.
 fn merged(path: &Path) -> PathBuf {
-    let at_root = ["bin", "sbin", "lib", "lib64"].iter().any(|dir| path.starts_with(Path::new("/").join(dir)));
+    let at_root =
+        ["bin", "sbin", "lib", "lib64"].iter().any(|dir| path.starts_with(Path::new("/").join(dir)));
     match path.strip_prefix("/") {
         Ok(rest) if at_root => Path::new("/usr").join(rest),
         _ => path.to_owned(),

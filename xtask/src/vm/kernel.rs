@@ -29,13 +29,17 @@ impl Kernel {
     /// The latest one of a version such as `6.1`, fetched if need be.
     pub(crate) fn find(version: &str) -> Result<Self> {
         let numbers: Vec<_> = version.split('.').collect();
-        if numbers.len() != 2 || numbers.iter().any(|n| n.is_empty() || n.bytes().any(|b| !b.is_ascii_digit())) {
+        if numbers.len() != 2
+            || numbers.iter().any(|n| n.is_empty() || n.bytes().any(|b| !b.is_ascii_digit()))
+        {
             bail!("kernel {version:?}: two numbers, please, such as 6.1");
         }
         let pattern = format!(r"^linux-image-{}\.[0-9].*-cloud-amd64$", version.replace('.', r"\."));
         let found = packages::named(&pattern)?;
         let package = found.into_iter().max_by_key(|name| numbers_in(name)).with_context(|| {
-            format!("no package {pattern} in Debian's lists; Debian 12 with its security updates has 6.1 and 6.12")
+            format!(
+                "no package {pattern} in Debian's lists; Debian 12 with its security updates has 6.1 and 6.12"
+            )
         })?;
         let release = package.strip_prefix("linux-image-").unwrap_or(&package).to_owned();
         let unpacked = packages::unpacked(&package)?;

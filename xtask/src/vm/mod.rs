@@ -3,6 +3,9 @@
 //! Nothing is installed for it: kernels, and qemu where the machine has none, come as packages by apt and are unpacked
 //! below `target/vm`. The first process inside is `eniway-vm-init` (tests/src/bin), which runs a list of programs, passes
 //! on what they print by the first serial port, and reports by the second.
+//!
+//! The machine has one processor, and its clock counts instructions: each is a nanosecond. What happens inside does not
+//! depend on how busy the host is, waiting takes no time, and a duration is a number of instructions.
 
 use std::{
     fs,
@@ -28,16 +31,6 @@ pub(crate) use kernel::Kernel;
 
 use image::Image;
 
-/// How the processor is emulated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Engine {
-    /// Two processors, as fast as it goes; the guest's clock is the host's.
-    Fast,
-    /// One processor, and the guest's clock counts its instructions: one is a nanosecond. What happens inside does not
-    /// depend on how busy the host is, and waiting takes no time.
-    Counted,
-}
-
 /// A program to run inside.
 #[derive(Debug, Clone)]
 pub(crate) struct Run {
@@ -52,7 +45,6 @@ pub(crate) struct Run {
 #[derive(Debug)]
 pub(crate) struct Job<'a> {
     pub(crate) kernel: &'a Kernel,
-    pub(crate) engine: Engine,
     pub(crate) runs: &'a [Run],
     /// Further programs, by their names on the host's PATH or by path.
     pub(crate) tools: &'a [PathBuf],
@@ -99,7 +91,7 @@ fn boot_in(dir: &Path, job: &Job<'_>, line: &mut impl FnMut(&str)) -> Result<Vec
     let initramfs = dir.join("initramfs");
     build_image(&initramfs, dir, job)?;
     let report = dir.join("report");
-    let mut qemu = qemu::command(job.kernel, job.engine, &initramfs, &report)?;
+    let mut qemu = qemu::command(job.kernel, &initramfs, &report)?;
     let made = start.elapsed();
     output::watch(&mut qemu, job.limit, line)?;
     let (ran, files) = read_report(&report)?;
@@ -125,11 +117,20 @@ const GUEST_BIN: &str = "/opt/eniway";
 
 fn build_image(to: &Path, scratch: &Path, job: &Job<'_>) -> Result<()> {
     let mut image = Image::create(to, scratch)?;
-    for dir in ["/dev", "/proc", "/sys", "/run", "/tmp", "/root", "/var/tmp", "/var/log/nginx", "/var/lib/nginx"] {
+    for dir in
+        ["/dev", "/proc", "/sys", "/run", "/tmp", "/root", "/var/tmp", "/var/log/nginx", "/var/lib/nginx"]
+    {
         image.dir(dir)?;
     }
-    image.file("/etc/passwd", 0o644, b"root:x:0:0::/root:/bin/sh\nwww-data:x:33:33::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")?;
-    image.file("/etc/group", 0o644, b"root:x:0:\nwww-data:x:33:\nnogroup:x:65534:\n")?;
+    // Programs change to these users.
+    let (mut users, mut groups) = (String::new(), String::new());
+    for (name, id) in [("root", 0), ("www-data", 33), ("tcpdump", 104), ("nobody", 65534), ("nogroup", 65534)]
+    {
+        users += &format!("{name}:x:{id}:{id}::/:/bin/sh\n");
+        groups += &format!("{name}:x:{id}:\n");
+    }
+    image.file("/etc/passwd", 0o644, users.as_bytes())?;
+    image.file("/etc/group", 0o644, groups.as_bytes())?;
     image.own_program(&lab::bin_dir()?.join("eniway-vm-init"), "/init")?;
     let mut runs = Vec::new();
     for run in job.runs {
@@ -168,7 +169,8 @@ fn read_report(path: &Path) -> Result<(Vec<Ran>, Vec<(PathBuf, String)>)> {
     let text = fs::read_to_string(path).unwrap_or_default();
     let (mut ran, mut files) = (Vec::new(), Vec::new());
     for line in text.lines() {
-        let value: Value = serde_json::from_str(line).with_context(|| format!("the guest's report: {line:?}"))?;
+        let value: Value =
+            serde_json::from_str(line).with_context(|| format!("the guest's report: {line:?}"))?;
         let word = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
         if value["file"].is_string() {
             files.push((word("file").into(), word("text")));

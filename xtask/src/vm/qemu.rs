@@ -8,22 +8,19 @@ use std::{
 
 use anyhow::Result;
 
-use super::{Engine, Kernel, cache, packages};
+use super::{Kernel, cache, packages};
 use crate::needs;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const PACKAGE: &str = "qemu-system-x86";
 
 /// qemu for a machine that boots `kernel`, prints on our output and reports into a file.
-pub(super) fn command(kernel: &Kernel, engine: Engine, initramfs: &Path, report: &Path) -> Result<Command> {
+pub(super) fn command(kernel: &Kernel, initramfs: &Path, report: &Path) -> Result<Command> {
     let mut qemu = program()?;
     qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     // Five levels of page tables would only make each walk longer.
     qemu.args(["-machine", "pc", "-cpu", "max,la57=off", "-m", "2048"]);
-    match engine {
-        Engine::Fast => qemu.args(["-accel", "tcg,thread=multi", "-smp", "2"]),
-        Engine::Counted => qemu.args(["-accel", "tcg,thread=single", "-smp", "1", "-icount", "shift=0,sleep=off"]),
-    };
+    qemu.args(["-accel", "tcg,thread=single", "-smp", "1", "-icount", "shift=0,sleep=off"]);
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
     qemu.args(["-append", "console=ttyS0 loglevel=4 panic=-1 tsc=reliable"]);
     qemu.args(["-serial", "stdio", "-serial"]).arg(format!("file:{}", report.display()));
