@@ -12,7 +12,7 @@ use clap::ValueEnum;
 
 use crate::{
     cmd, crates, lab,
-    needs::Scope,
+    needs::{self, Scope},
     setup,
     vm::{self, Job, Kernel, Run},
 };
@@ -24,6 +24,8 @@ pub(crate) enum Bench {
     Ipam,
     /// Each kernel program on one packet over and over, beside one that does nothing.
     Programs,
+    /// Traffic between pods over eniway, and over what one would run instead.
+    Paths,
 }
 
 /// What is counted.
@@ -36,48 +38,74 @@ pub(crate) enum Engine {
 }
 
 /// Runs a benchmark. The allocator's figures are added to the report, others are written anew.
-pub(crate) fn run(bench: Bench, engine: Option<Engine>, kernel: &str, report: Option<&Path>) -> Result<()> {
+pub(crate) fn run(
+    bench: Bench,
+    engine: Option<Engine>,
+    kernel: &str,
+    report: Option<&Path>,
+    args: &[String],
+) -> Result<()> {
     match (bench, engine) {
         (Bench::Ipam, Some(Engine::Counted)) => {
             bail!("the allocator is measured by the clock, with files and sockets; leave --engine out")
         }
         (Bench::Ipam, _) => ipam(report),
-        (Bench::Programs, engine) => programs(engine.unwrap_or(Engine::Counted), kernel, report),
+        // Each run takes as many instructions as the one before; the medians keep the timer's interrupts out.
+        (Bench::Programs, None | Some(Engine::Counted)) => {
+            let few = ["--rounds", "7", "--repeat", "500"].map(String::from);
+            counted(kernel, "eniway-cost", &[&few[..], args].concat(), report)
+        }
+        (Bench::Programs, Some(Engine::Wall)) => wall("eniway-cost", args, report),
+        (Bench::Paths, None | Some(Engine::Counted)) => {
+            let engine = ["--engine", "counted"].map(String::from);
+            counted(kernel, "eniway-bench", &[&engine[..], args].concat(), report)
+        }
+        (Bench::Paths, Some(Engine::Wall)) => wall("eniway-bench", args, report),
     }
 }
 
-/// How long the virtual machine may take.
-const LIMIT: Duration = Duration::from_secs(1800);
+/// What iptables loads.
+const XTABLES: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 
-fn programs(engine: Engine, kernel: &str, report: Option<&Path>) -> Result<()> {
-    lab::need_root("loading the kernel programs")?;
-    setup::run(Scope::Lab)?;
-    lab::build()?;
-    let program = lab::bin_dir()?.join("eniway-cost");
-    let words = |words: &[&str]| words.iter().map(ToString::to_string).collect::<Vec<_>>();
-    match engine {
-        Engine::Wall => {
-            let mut cost = Command::new(program);
-            if let Some(report) = report {
-                cost.arg("--report").arg(report);
-            }
-            cmd::run(&mut cost)
-        }
-        // Each run takes as many instructions as the one before; the medians keep the timer's interrupts out.
-        Engine::Counted => {
-            counted(kernel, "cost", program, words(&["--rounds", "7", "--repeat", "500"]), report)
-        }
+/// How long the virtual machine may take.
+const LIMIT: Duration = Duration::from_secs(3600);
+
+/// Runs a program that takes `--report FILE`, built for speed, on this machine.
+fn wall(name: &str, args: &[String], report: Option<&Path>) -> Result<()> {
+    lab::need_root("the benchmark")?;
+    setup::run(Scope::Bench)?;
+    let bin = release(&["eniway", name])?;
+    let mut program = Command::new(bin.join(name));
+    program.args(args).env("ENIWAY_BIN", bin.join("eniway"));
+    if let Some(report) = report {
+        program.arg("--report").arg(report);
     }
+    cmd::run(&mut program)
+}
+
+/// Builds programs for speed and says where they are.
+fn release(programs: &[&str]) -> Result<PathBuf> {
+    cmd::step("build for speed", || {
+        let packages = ["--package", "datapath-user", "--package", crates::LAB];
+        let mut build = cmd::cargo(&["build", "--locked", "--release"]);
+        build.args(packages).args(programs.iter().flat_map(|program| ["--bin", program]));
+        cmd::run(&mut build)
+    })?;
+    let debug = lab::bin_dir()?;
+    Ok(debug.parent().context("the target directory")?.join("release"))
 }
 
 /// Runs a program that takes `--report FILE` in the counting virtual machine.
-fn counted(
-    kernel: &str,
-    name: &str,
-    program: PathBuf,
-    mut args: Vec<String>,
-    report: Option<&Path>,
-) -> Result<()> {
+fn counted(kernel: &str, name: &str, args: &[String], report: Option<&Path>) -> Result<()> {
+    lab::need_root("the benchmark")?;
+    setup::run(Scope::Bench)?;
+    lab::build()?;
+    let program = lab::bin_dir()?.join(name);
+    let mut args = args.to_vec();
+    let mut tools = vm::matrix::tools()?;
+    for tool in needs::BENCH_TOOLS {
+        tools.push(needs::find_tool(tool.program).with_context(|| format!("no program {}", tool.program))?);
+    }
     let kernel = Kernel::find(kernel)?;
     let report = report.map(std::path::absolute).transpose()?;
     if let Some(report) = &report {
@@ -87,8 +115,9 @@ fn counted(
     let job = Job {
         kernel: &kernel,
         runs: &[Run { name: name.into(), program, args }],
-        tools: &vm::matrix::tools()?,
+        tools: &tools,
         files: &[],
+        trees: &[XTABLES.into()],
         dirs: &dirs,
         env: &[],
         back: report.as_slice(),
@@ -105,22 +134,11 @@ fn counted(
 fn ipam(report: Option<&Path>) -> Result<()> {
     lab::need_root("the benchmark of the sync")?;
     setup::run(Scope::Tests)?;
-    cmd::step("build for speed", || {
-        cmd::run(&mut cmd::cargo(&[
-            "build",
-            "--locked",
-            "--release",
-            "--package",
-            ALLOCATOR,
-            "--example",
-            "bench",
-        ]))?;
-        let packages = ["--package", "datapath-user", "--package", crates::LAB];
-        let programs = ["--bin", "eniway", "--bin", "eniway-bench-ipam"];
-        cmd::run(cmd::cargo(&["build", "--locked", "--release"]).args(packages).args(programs))
+    cmd::step("build the allocator's benchmark for speed", || {
+        let example = ["--package", ALLOCATOR, "--example", "bench"];
+        cmd::run(cmd::cargo(&["build", "--locked", "--release"]).args(example))
     })?;
-    let debug = lab::bin_dir()?;
-    let bin = debug.parent().context("the target directory")?.join("release");
+    let bin = release(&["eniway", "eniway-bench-ipam"])?;
     let mut sync = Command::new(bin.join("eniway-bench-ipam"));
     sync.env("ENIWAY_BIN", bin.join("eniway"));
     if let Some(report) = report {

@@ -75,6 +75,9 @@ enum Task {
         /// Write the figures to this JSON file.
         #[arg(long, value_name = "FILE")]
         report: Option<PathBuf>,
+        /// For the benchmark's own program: cases, `--systems`; `--help` lists them.
+        #[arg(last = true)]
+        args: Vec<String>,
     },
     /// Formatting, lints of the host crates and of the BPF crates, documentation, lock file.
     Check,
@@ -88,8 +91,8 @@ fn main() -> ExitCode {
         Task::Demo { keep, report } => lab::demo(keep, report.as_deref()).map(|()| true),
         Task::Lab { args } => lab::run(&args).map(|()| true),
         Task::Test { group, kernels, filter } => test::run(group, &kernels, &filter),
-        Task::Bench { what, engine, kernel, report } => {
-            bench::run(what, engine, &kernel, report.as_deref()).map(|()| true)
+        Task::Bench { what, engine, kernel, report, args } => {
+            bench::run(what, engine, &kernel, report.as_deref(), &args).map(|()| true)
         }
         Task::Check => check::run().map(|()| true),
     };

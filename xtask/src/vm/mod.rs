@@ -50,6 +50,8 @@ pub(crate) struct Job<'a> {
     pub(crate) tools: &'a [PathBuf],
     /// Files that the programs find at the same place as on the host.
     pub(crate) files: &'a [PathBuf],
+    /// Directories that are there as on the host.
+    pub(crate) trees: &'a [PathBuf],
     /// Directories, empty at the start.
     pub(crate) dirs: &'a [PathBuf],
     pub(crate) env: &'a [(&'a str, String)],
@@ -147,6 +149,9 @@ fn build_image(to: &Path, scratch: &Path, job: &Job<'_>) -> Result<()> {
     for file in job.files {
         let content = fs::read(file).with_context(|| file.display().to_string())?;
         image.file(file, 0o644, &content)?;
+    }
+    for tree in job.trees {
+        image.tree(tree, &tree.to_string_lossy())?;
     }
     for dir in job.dirs {
         image.dir(dir)?;
