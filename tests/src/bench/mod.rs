@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 
 pub mod floor;
 pub mod load;
+pub mod plot;
 pub mod report;
 pub mod system;
 
@@ -194,10 +195,10 @@ fn measure(engine: Engine, case: Case, systems: &[(Kind, System)], report: &mut 
         let Spread { median, min, max } = Spread::of(&line.costs);
         eprintln!("{case}: {} {median:.0} {unit}", line.name);
         report.runs.push(Run {
-            engine: engine.name(),
+            engine: engine.name().to_owned(),
             kernel: report.kernel.clone(),
             case: case.to_string(),
-            system: line.name,
+            system: line.name.to_owned(),
             endpoints: 2,
             unit: unit.clone(),
             median,

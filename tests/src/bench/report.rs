@@ -1,14 +1,14 @@
 //! Figures, and how they are written down.
 
-use std::{collections::BTreeSet, fmt::Write as _, fs};
+use std::{fmt::Write as _, fs};
 
 use serde::{Deserialize, Serialize};
 
 /// Everything that was measured.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     /// What counted: "counted" or "wall".
-    pub engine: &'static str,
+    pub engine: String,
     /// Release of the kernel.
     pub kernel: String,
     /// Costs.
@@ -20,16 +20,16 @@ pub struct Report {
 }
 
 /// What a unit of a case costs over a system.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Run {
     /// As in the report.
-    pub engine: &'static str,
+    pub engine: String,
     /// As in the report.
     pub kernel: String,
     /// Place and load.
     pub case: String,
     /// The system.
-    pub system: &'static str,
+    pub system: String,
     /// Pods on the client's node.
     pub endpoints: u32,
     /// What the numbers are.
@@ -107,29 +107,49 @@ impl Ratio {
 
 impl Report {
     /// An empty one of the running kernel.
-    pub fn new(engine: &'static str) -> Self {
+    pub fn new(engine: &str) -> Self {
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        Self { engine, kernel: kernel.trim().to_owned(), runs: vec![], ratios: vec![], void: vec![] }
+        Self {
+            engine: engine.to_owned(),
+            kernel: kernel.trim().to_owned(),
+            runs: vec![],
+            ratios: vec![],
+            void: vec![],
+        }
+    }
+
+    /// The cases, each once, in the order of measurement.
+    pub fn cases(&self) -> Vec<&str> {
+        let mut cases = Vec::new();
+        for Run { case, .. } in &self.runs {
+            if !cases.contains(&case.as_str()) {
+                cases.push(case);
+            }
+        }
+        cases
+    }
+
+    /// The figures of a case, the cheapest first.
+    pub fn of(&self, case: &str) -> Vec<&Run> {
+        let mut runs: Vec<_> = self.runs.iter().filter(|run| run.case == case).collect();
+        runs.sort_by(|a, b| a.median.total_cmp(&b.median));
+        runs
     }
 
     /// Tables in Markdown, a case each.
     pub fn markdown(&self) -> String {
         let mut text = String::new();
-        let mut seen = BTreeSet::new();
-        for Run { case, unit, .. } in &self.runs {
-            if !seen.insert(case) {
-                continue;
-            }
+        for case in self.cases() {
+            let runs = self.of(case);
+            let unit = runs.first().map_or("", |run| run.unit.as_str());
             let _ = write!(text, "\n### {case}\n\n");
-            if self.void.contains(case) {
-                text.push_str("**Void**: the control pair differed; do not use these figures.\n\n");
+            if self.void.iter().any(|void| void == case) {
+                text.push_str("**Void**: the control pair differed; these figures say nothing.\n\n");
             }
             let _ = write!(
                 text,
-                "| system | {unit} | range | eniway costs of this | above loopback |\n|---|---:|---|---:|---:|\n"
+                "| system | {unit} | range | eniway / this | above loopback |\n|---|---:|---|---:|---:|\n"
             );
-            let mut runs: Vec<_> = self.runs.iter().filter(|run| &run.case == case).collect();
-            runs.sort_by(|a, b| a.median.total_cmp(&b.median));
             for run in runs {
                 let ratio = |case: &str| {
                     let found = self.ratios.iter().find(|ratio| ratio.case == case && ratio.to == run.system);

@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
-use eniway_tests::bench::{self, Case, system::Kind};
+use eniway_tests::bench::{self, Case, plot, report::Report, system::Kind};
 use nix::fcntl::{Flock, FlockArg};
 
 const LOCK: &str = "/run/eniway-bench.lock";
@@ -23,6 +23,12 @@ struct Options {
     /// Write all figures as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Write a chart of each case into this directory.
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
+    /// Measure nothing: take the figures of a report.
+    #[arg(long, value_name = "FILE")]
+    read: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -35,6 +41,27 @@ enum Engine {
 
 fn main() -> Result<()> {
     let options = Options::parse();
+    let report = match &options.read {
+        Some(path) => {
+            let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            serde_json::from_str(&text).with_context(|| path.display().to_string())?
+        }
+        None => measure(&options)?,
+    };
+    if let Some(path) = &options.report {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        fs::write(path, text).with_context(|| path.display().to_string())?;
+    }
+    if let Some(dir) = &options.plot {
+        fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        plot::write(&report, dir).map_err(|error| anyhow::anyhow!("{}: {error}", dir.display()))?;
+    }
+    println!("kernel {}, {}\n{}", report.kernel, report.engine, report.markdown());
+    ensure!(report.void.is_empty(), "void, the control pair differed: {}", report.void.join(", "));
+    Ok(())
+}
+
+fn measure(options: &Options) -> Result<Report> {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     ensure!(nix::unistd::geteuid().is_root(), "network namespaces and programs need root");
     let wanted = |case: &Case| {
@@ -63,12 +90,5 @@ fn main() -> Result<()> {
         Engine::Counted => bench::Engine::Counted,
         Engine::Wall => bench::Engine::Wall,
     };
-    let report = bench::run(engine, &cases, &kinds)?;
-    if let Some(path) = &options.report {
-        let text = serde_json::to_string_pretty(&report)? + "\n";
-        fs::write(path, text).with_context(|| path.display().to_string())?;
-    }
-    println!("kernel {}, {}\n{}", report.kernel, report.engine, report.markdown());
-    ensure!(report.void.is_empty(), "void, the control pair differed: {}", report.void.join(", "));
-    Ok(())
+    Ok(bench::run(engine, &cases, &kinds)?)
 }

@@ -26,7 +26,7 @@ const TESTS: [&str; 8] = ["abi", "load", "fixtures", "equivalence", "lab", "fabr
 const PACKETS: &str = "5000";
 
 /// How long one kernel may take.
-const LIMIT: Duration = Duration::from_secs(900);
+const LIMIT: Duration = Duration::from_secs(1500);
 
 /// Runs the tests on each kernel, and says for each how many passed.
 pub(crate) fn run(kernels: &[String], filter: &[String]) -> Result<Count> {
