@@ -64,6 +64,16 @@ pub(crate) fn run(
     }
 }
 
+/// Open vSwitch, for virtual machines only: its kernel module is not on every machine.
+const OVS: &str = "openvswitch-switch";
+const OVS_FILES: [&str; 5] = [
+    "/usr/sbin/ovsdb-server",
+    "/usr/lib/openvswitch-switch/ovs-vswitchd",
+    "/usr/bin/ovsdb-tool",
+    "/usr/bin/ovs-vsctl",
+    "/usr/share/openvswitch/vswitch.ovsschema",
+];
+
 /// What iptables loads.
 const XTABLES: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 
@@ -107,6 +117,7 @@ fn counted(kernel: &str, name: &str, args: &[String], report: Option<&Path>) -> 
         tools.push(needs::find_tool(tool.program).with_context(|| format!("no program {}", tool.program))?);
     }
     let kernel = Kernel::find(kernel)?;
+    let ovs = vm::packages::with_needs(OVS)?;
     let report = report.map(std::path::absolute).transpose()?;
     if let Some(report) = &report {
         args.extend(["--report".into(), report.display().to_string()]);
@@ -117,6 +128,7 @@ fn counted(kernel: &str, name: &str, args: &[String], report: Option<&Path>) -> 
         runs: &[Run { name: name.into(), program, args }],
         tools: &tools,
         files: &[],
+        packaged: &OVS_FILES.map(|file| (ovs.clone(), file)),
         trees: &[XTABLES.into()],
         dirs: &dirs,
         env: &[],

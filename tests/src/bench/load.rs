@@ -66,14 +66,14 @@ impl Load {
     }
 
     /// How many make a round of the counted engine, and how many go before the first: caches of routes and neighbours
-    /// fill, windows open. A round takes about as long as the timer's period, so that whatever else the machine does
-    /// (the agents look after their node) is in few rounds, and not in the median.
+    /// fill, windows open. A round is a few periods of the timer: so short that whatever else the machine does (the
+    /// agents look after their nodes) is in few rounds, and not in the median.
     pub const fn round(self) -> (u64, u64) {
         match self {
-            Self::TcpRr => (100, 100),
-            Self::TcpCrr => (20, 20),
-            Self::TcpStream => (4, 16),
-            Self::Udp => (8 * BURST, 4 * BURST),
+            Self::TcpRr => (500, 100),
+            Self::TcpCrr => (100, 20),
+            Self::TcpStream => (16, 16),
+            Self::Udp => (100 * BURST, 4 * BURST),
         }
     }
 }

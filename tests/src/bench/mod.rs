@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 
 pub mod floor;
 pub mod load;
+pub mod ovs;
 pub mod plot;
 pub mod report;
 pub mod system;

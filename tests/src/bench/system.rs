@@ -4,10 +4,7 @@ use std::{any::Any, fmt::Write as _, io::Write as _, net::Ipv4Addr, process::Std
 
 use nix::net::if_::if_nametoindex;
 
-use super::{
-    Pair, Place,
-    floor::{self},
-};
+use super::{Pair, Place, floor, ovs::Ovs};
 use crate::lab::{
     Error, GATEWAY_MAC, Lab, LabBuilder, Mac, Netns, NetnsGuard, Node, Pod, PodSpec, Result, Subnet, XdpMode,
     netns,
@@ -40,11 +37,13 @@ pub enum Kind {
     Routed,
     /// The same with kube-proxy's iptables for 2,000 Services, and so with connection tracking.
     VpcNetwork,
+    /// veth pods on Open vSwitch, between nodes by VXLAN.
+    Tunnel,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Loopback,
         Self::Floor,
         Self::Eniway,
@@ -57,6 +56,7 @@ impl Kind {
         Self::Ipvlan,
         Self::Routed,
         Self::VpcNetwork,
+        Self::Tunnel,
     ];
 
     /// Its name in reports.
@@ -74,6 +74,7 @@ impl Kind {
             Self::Ipvlan => "ipvlan-l2",
             Self::Routed => "routed-veth",
             Self::VpcNetwork => "vpc-network-2000-services",
+            Self::Tunnel => "container-tunnel",
         }
     }
 
@@ -96,6 +97,7 @@ impl Kind {
             Self::Ipvlan => shared("ipvlan", "ipvlan mode l2"),
             Self::Routed => routed("routed"),
             Self::VpcNetwork => vpc_network(),
+            Self::Tunnel => tunnel(),
         }
     }
 }
@@ -348,6 +350,34 @@ fn bare() -> Result<System> {
     let mut system = small.system((programs, lab));
     system.pairs.push((Place::CrossNode, cross));
     Ok(system)
+}
+
+/// What VXLAN adds to each packet.
+const OUTER: u32 = 50;
+
+/// The pods' packets cross the VPC between the nodes' own addresses.
+fn tunnel() -> Result<System> {
+    let lab = lab("bench-tunnel").build()?;
+    let mut switches = Vec::new();
+    for (at, node) in lab.nodes().iter().enumerate() {
+        let ovs = Ovs::start(&node.netns)?;
+        let other = &lab.nodes()[1 - at];
+        let remote = format!("options:remote_ip={}", other.ip);
+        ovs.add_port("vxlan0", &["type=vxlan", &remote, "options:key=1"])?;
+        switches.push(ovs);
+    }
+    for pod in lab.pods() {
+        let at = lab.nodes().iter().position(|node| node.name == pod.node).unwrap_or_default();
+        let node = &lab.nodes()[at].netns;
+        veth(node, &pod.name, &pod.netns, pod.mac)?;
+        pod.netns.ip_batch(&format!(
+            "addr add {}/22 dev eth0\nlink set dev eth0 mtu {} up\n",
+            pod.ip,
+            1500 - OUTER
+        ))?;
+        switches[at].add_port(&pod.name, &["type=system"])?;
+    }
+    of_lab(lab, switches)
 }
 
 fn index(netns: &Netns, interface: &str) -> Result<u32> {

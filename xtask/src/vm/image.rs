@@ -10,7 +10,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use super::quiet;
 use crate::cmd;
@@ -79,7 +79,17 @@ impl Image {
     /// A program of the host's, at its place, with its libraries.
     pub(super) fn program(&mut self, path: &Path) -> Result<()> {
         self.copy(path, path)?;
-        self.libraries(path)
+        self.libraries(path, Path::new("/"))
+    }
+
+    /// A file of a package that is unpacked in `root`, at the place that it would have when installed.
+    pub(super) fn packaged(&mut self, root: &Path, path: &str) -> Result<()> {
+        let host = root.join(path.trim_start_matches('/'));
+        self.copy(&host, Path::new(path))?;
+        if fs::metadata(&host)?.permissions().mode() & 0o111 != 0 {
+            self.libraries(&host, root)?;
+        }
+        Ok(())
     }
 
     /// A program of our own build, without its debug information, with its libraries.
@@ -88,7 +98,7 @@ impl Image {
         quiet(Command::new("strip").arg("--strip-debug").arg("-o").arg(&stripped).arg(host))?;
         let content = fs::read(&stripped).with_context(|| stripped.display().to_string())?;
         self.file(guest, 0o755, &content)?;
-        self.libraries(host)
+        self.libraries(host, Path::new("/"))
     }
 
     /// A directory of the host's, whole.
@@ -108,14 +118,23 @@ impl Image {
         Ok(())
     }
 
-    /// The libraries that the loader would take, and the loader itself.
-    fn libraries(&mut self, program: &Path) -> Result<()> {
-        let text = cmd::output(Command::new("ldd").arg(program))?;
+    /// The libraries that the loader would take, those in `root` first, and the loader itself.
+    fn libraries(&mut self, program: &Path, root: &Path) -> Result<()> {
+        let mut ldd = Command::new("ldd");
+        let text =
+            cmd::output(ldd.arg(program).env("LD_LIBRARY_PATH", root.join("usr/lib/x86_64-linux-gnu")))?;
+        if let Some(missing) = text.lines().find(|line| line.contains("not found")) {
+            bail!("{} needs{missing}", program.display());
+        }
         for line in text.lines() {
             // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)` or `/lib64/ld-linux-x86-64.so.2 (0x…)`
             let found = line.rsplit("=> ").next().and_then(|rest| rest.trim().split(' ').next());
             if let Some(path) = found.filter(|path| path.starts_with('/')) {
-                self.copy(Path::new(path), &merged(Path::new(path)))?;
+                let path = Path::new(path);
+                let inside = path
+                    .strip_prefix(root)
+                    .map_or_else(|_| path.to_owned(), |rest| Path::new("/").join(rest));
+                self.copy(path, &inside)?;
             }
         }
         Ok(())

@@ -99,6 +99,7 @@ fn on(kernel: &Kernel, programs: &[(String, PathBuf)], filter: &[String], bless:
         runs: &runs,
         tools: &tools()?,
         files: &[tests.join("abi.txt"), budget.clone()],
+        packaged: &[],
         trees: &[],
         dirs: &[temporary(programs)?],
         env: &[("ENIWAY_BLESS", u8::from(bless).to_string()), ("ENIWAY_PACKETS", PACKETS.to_owned())],

@@ -24,7 +24,7 @@ mod image;
 mod kernel;
 pub(crate) mod matrix;
 mod output;
-mod packages;
+pub(crate) mod packages;
 mod qemu;
 
 pub(crate) use kernel::Kernel;
@@ -50,6 +50,8 @@ pub(crate) struct Job<'a> {
     pub(crate) tools: &'a [PathBuf],
     /// Files that the programs find at the same place as on the host.
     pub(crate) files: &'a [PathBuf],
+    /// Files of packages: the directory where one is unpacked, and the place of the file when it is installed.
+    pub(crate) packaged: &'a [(PathBuf, &'a str)],
     /// Directories that are there as on the host.
     pub(crate) trees: &'a [PathBuf],
     /// Directories, empty at the start.
@@ -149,6 +151,9 @@ fn build_image(to: &Path, scratch: &Path, job: &Job<'_>) -> Result<()> {
     for file in job.files {
         let content = fs::read(file).with_context(|| file.display().to_string())?;
         image.file(file, 0o644, &content)?;
+    }
+    for (root, path) in job.packaged {
+        image.packaged(root, path)?;
     }
     for tree in job.trees {
         image.tree(tree, &tree.to_string_lossy())?;

@@ -37,7 +37,7 @@ pub(super) fn unpacked(package: &str) -> Result<PathBuf> {
 }
 
 /// What apt would install for a package and does not find installed.
-pub(super) fn would_install(package: &str) -> Result<Vec<String>> {
+fn would_install(package: &str) -> Result<Vec<String>> {
     let simulate = || {
         let args = ["-q", "-s", "--no-install-recommends", "install", package];
         cmd::output(Command::new("apt-get").env("LC_ALL", "C").args(args))
@@ -53,8 +53,21 @@ pub(super) fn would_install(package: &str) -> Result<Vec<String>> {
     Ok(words.map(str::to_owned).collect())
 }
 
+/// The package and what it needs beside what is installed, unpacked into one directory.
+pub(crate) fn with_needs(package: &str) -> Result<PathBuf> {
+    let to = cache()?.join("packages").join(format!("{package}-with-needs"));
+    if !to.is_dir() {
+        let mut packages = would_install(package)?;
+        if !packages.iter().any(|name| name == package) {
+            packages.push(package.to_owned());
+        }
+        cmd::step(&format!("{package}, unpacked below the target directory"), || unpack(&packages, &to))?;
+    }
+    Ok(to)
+}
+
 /// Fetches packages and unpacks all of them into one directory, which is there whole or not at all.
-pub(super) fn unpack(packages: &[String], to: &Path) -> Result<()> {
+fn unpack(packages: &[String], to: &Path) -> Result<()> {
     let new = to.with_extension(format!("new-{}", std::process::id()));
     let debs = new.join("debs");
     let tree = new.join("tree");

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Result;
 
-use super::{Kernel, cache, packages};
+use super::{Kernel, packages};
 use crate::needs;
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -31,12 +31,7 @@ fn program() -> Result<Command> {
     if let Some(installed) = needs::find_tool(PROGRAM) {
         return Ok(Command::new(installed));
     }
-    let root = cache()?.join("qemu");
-    if !root.is_dir() {
-        crate::cmd::step("qemu, unpacked below the target directory", || {
-            packages::unpack(&packages::would_install(PACKAGE)?, &root)
-        })?;
-    }
+    let root = packages::with_needs(PACKAGE)?;
     let mut qemu = Command::new(root.join("usr/bin").join(PROGRAM));
     let libraries: Vec<PathBuf> =
         ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|dir| root.join(dir)).into();
