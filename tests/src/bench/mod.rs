@@ -102,7 +102,7 @@ impl Engine {
 
     const fn rounds(self, load: Load) -> usize {
         match (self, load) {
-            (Self::Counted, _) => 31,
+            (Self::Counted, _) => 15,
             (Self::Wall, Load::TcpStream) => 15,
             (Self::Wall, _) => 31,
         }

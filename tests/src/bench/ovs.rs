@@ -28,6 +28,7 @@ impl Ovs {
     ///
     /// When it is not installed, or the kernel has no module for it.
     pub fn start(netns: &Netns) -> Result<Self> {
+        wait_for_cores()?;
         let dir = Path::new("/run").join(netns.name()).join("ovs");
         fs::create_dir_all(&dir).map_err(Error::io(format!("making {}", dir.display())))?;
         let mut ovs = Self { netns: netns.clone(), dir, daemons: Vec::new() };
@@ -108,6 +109,15 @@ impl Ovs {
         }
         Ok(())
     }
+}
+
+/// Version 3.1 counts the processors only once the machine is up for ten seconds, and starts no thread for the kernel's
+/// questions before (lib/ovs-thread.c, `count_total_cores`).
+fn wait_for_cores() -> Result<()> {
+    let text = fs::read_to_string("/proc/uptime").map_err(Error::io("reading /proc/uptime"))?;
+    let up: f64 = text.split(' ').next().and_then(|seconds| seconds.parse().ok()).unwrap_or_default();
+    thread::sleep(Duration::from_secs_f64((11.0 - up).max(0.0)));
+    Ok(())
 }
 
 impl Drop for Ovs {
