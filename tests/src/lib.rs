@@ -3,6 +3,7 @@
 //!
 //! The fabric shares no code with the datapath: it is the independent judge of what the datapath sends.
 
+pub mod bench;
 pub mod demo;
 pub mod faults;
 pub mod lab;

@@ -147,20 +147,26 @@ fn succeeds(command: Command) -> String {
     text
 }
 
-/// Programs on tc of an interface.
-fn tcx_programs(netns: &Netns, interface: &str) -> Result<usize> {
-    let count = netns.run(|| {
-        let mut count = 0;
-        for way in [TcAttachType::Ingress, TcAttachType::Egress] {
-            count += SchedClassifier::query_tcx(interface, way).map_or(0, |(_, programs)| programs.len());
-        }
-        count
-    })?;
+/// Programs on tc of an interface: behind links, or on kernels without TCX (6.1) in filters of clsact.
+fn tc_programs(netns: &Netns, interface: &str) -> Result<usize> {
+    let mut count = 0;
+    for (way, name) in [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")] {
+        count += match netns
+            .run(|| SchedClassifier::query_tcx(interface, way).map(|(_, programs)| programs.len()))?
+        {
+            Ok(programs) => programs,
+            Err(_) => match netns.exec(&["tc", "filter", "show", "dev", interface, name]) {
+                Ok(filters) => filters.matches("direct-action").count(),
+                Err(error) if error.to_string().contains("Parent Qdisc doesn't exist") => 0,
+                Err(error) => return Err(error.into()),
+            },
+        };
+    }
     Ok(count)
 }
 
 fn nothing_attached(stand: &Stand, interface: &str) -> Result {
-    assert_eq!(tcx_programs(stand.netns(), interface)?, 0, "programs stay on {interface}");
+    assert_eq!(tc_programs(stand.netns(), interface)?, 0, "programs stay on {interface}");
     let link = stand.netns().exec(&["ip", "link", "show", interface])?;
     assert!(!link.contains("xdp"), "{link}");
     Ok(())
@@ -226,17 +232,17 @@ fn an_unknown_key_is_told_with_its_line() -> Result {
 fn tables_of_another_size_or_version_stay_as_they_are() -> Result {
     let stand = Stand::new("layout")?;
     succeeds(stand.agent()?);
-    assert_eq!(tcx_programs(stand.netns(), "eth1")?, 2);
+    assert_eq!(tc_programs(stand.netns(), "eth1")?, 2);
     stand.configure("[limits]\nendpoints = 77\n")?;
     refuses(stand.agent()?, &["pinned map", "eniway detach", "Nothing was changed"]);
-    assert_eq!(tcx_programs(stand.netns(), "eth1")?, 2, "the old programs are gone");
+    assert_eq!(tc_programs(stand.netns(), "eth1")?, 2, "the old programs are gone");
     stand.configure("")?;
     succeeds(stand.agent()?);
 
     let other = stand.pin_dir().join("v9999");
     fs::create_dir(&other)?;
     refuses(stand.agent()?, &["v9999", "another version", "eniway detach"]);
-    assert_eq!(tcx_programs(stand.netns(), "eth1")?, 2, "the old programs are gone");
+    assert_eq!(tc_programs(stand.netns(), "eth1")?, 2, "the old programs are gone");
     fs::remove_dir(&other)?;
     Ok(())
 }
@@ -502,7 +508,7 @@ fn detach_leaves_nothing() -> Result {
     };
     let before = state()?;
     lab.start_agents()?;
-    assert_eq!(tcx_programs(netns, "eth1")?, 2);
+    assert_eq!(tc_programs(netns, "eth1")?, 2);
     assert_ne!(state()?, before);
 
     let mut early = netns.command(eniway_binary()?)?;
@@ -512,7 +518,7 @@ fn detach_leaves_nothing() -> Result {
     http::get(&lab.vm("vm")?.netns, lab.pod("a")?.http(), "/")?;
     agent.cli(&["detach"])?;
     assert_eq!(state()?, before);
-    assert_eq!(tcx_programs(netns, "eth1")?, 0);
+    assert_eq!(tc_programs(netns, "eth1")?, 0);
     assert!(!agent.pin_dir().exists(), "{} is still there", agent.pin_dir().display());
     for pod in lab.pods() {
         assert!(pod.netns.exec(&["ip", "link", "show", "eth0"]).is_err(), "{} has an interface", pod.name);

@@ -1,40 +1,156 @@
 //! `cargo xtask bench`: builds for speed and measures.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{cmd, crates, lab, needs::Scope, setup};
+use crate::{
+    cmd, crates, lab,
+    needs::{self, Scope},
+    setup,
+    vm::{self, Job, Kernel, Run},
+};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Bench {
-    /// The allocator, and the way from its word to the kernel.
+    /// The allocator, and the way from its word to the kernel; by the clock.
     Ipam,
+    /// Each kernel program on one packet over and over, beside one that does nothing.
+    Programs,
+    /// Traffic between pods over eniway, and over what one would run instead.
+    Paths,
 }
 
-/// Runs a benchmark; its figures are added to the report.
-pub(crate) fn run(bench: Bench, report: Option<&Path>) -> Result<()> {
-    let Bench::Ipam = bench;
-    lab::need_root("the benchmark of the sync")?;
-    setup::run(Scope::Tests)?;
+/// What is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Engine {
+    /// Instructions, in a virtual machine with one processor; a nanosecond in the figures is one instruction.
+    Counted,
+    /// Time, on this machine and its kernel.
+    Wall,
+}
+
+/// Runs a benchmark. The allocator's figures are added to the report, others are written anew.
+pub(crate) fn run(
+    bench: Bench,
+    engine: Option<Engine>,
+    kernel: &str,
+    report: Option<&Path>,
+    args: &[String],
+) -> Result<()> {
+    match (bench, engine) {
+        (Bench::Ipam, Some(Engine::Counted)) => {
+            bail!("the allocator is measured by the clock, with files and sockets; leave --engine out")
+        }
+        (Bench::Ipam, _) => ipam(report),
+        // Each run takes as many instructions as the one before; the medians keep the timer's interrupts out.
+        (Bench::Programs, None | Some(Engine::Counted)) => {
+            let few = ["--rounds", "7", "--repeat", "500"].map(String::from);
+            counted(kernel, "eniway-cost", &[&few[..], args].concat(), report)
+        }
+        (Bench::Programs, Some(Engine::Wall)) => wall("eniway-cost", args, report),
+        (Bench::Paths, None | Some(Engine::Counted)) => {
+            let engine = ["--engine", "counted"].map(String::from);
+            counted(kernel, "eniway-bench", &[&engine[..], args].concat(), report)
+        }
+        (Bench::Paths, Some(Engine::Wall)) => wall("eniway-bench", args, report),
+    }
+}
+
+/// Open vSwitch, for virtual machines only: its kernel module is not on every machine.
+const OVS: &str = "openvswitch-switch";
+const OVS_FILES: [&str; 5] = [
+    "/usr/sbin/ovsdb-server",
+    "/usr/lib/openvswitch-switch/ovs-vswitchd",
+    "/usr/bin/ovsdb-tool",
+    "/usr/bin/ovs-vsctl",
+    "/usr/share/openvswitch/vswitch.ovsschema",
+];
+
+/// What iptables loads.
+const XTABLES: &str = "/usr/lib/x86_64-linux-gnu/xtables";
+
+/// How long the virtual machine may take.
+const LIMIT: Duration = Duration::from_secs(3600);
+
+/// Runs a program that takes `--report FILE`, built for speed, on this machine.
+fn wall(name: &str, args: &[String], report: Option<&Path>) -> Result<()> {
+    lab::need_root("the benchmark")?;
+    setup::run(Scope::Bench)?;
+    let bin = release(&["eniway", name])?;
+    let mut program = Command::new(bin.join(name));
+    program.args(args).env("ENIWAY_BIN", bin.join("eniway"));
+    if let Some(report) = report {
+        program.arg("--report").arg(report);
+    }
+    cmd::run(&mut program)
+}
+
+/// Builds programs for speed and says where they are.
+fn release(programs: &[&str]) -> Result<PathBuf> {
     cmd::step("build for speed", || {
-        cmd::run(&mut cmd::cargo(&[
-            "build",
-            "--locked",
-            "--release",
-            "--package",
-            ALLOCATOR,
-            "--example",
-            "bench",
-        ]))?;
         let packages = ["--package", "datapath-user", "--package", crates::LAB];
-        let programs = ["--bin", "eniway", "--bin", "eniway-bench-ipam", "--bin", "eniway-bench-faults"];
-        cmd::run(cmd::cargo(&["build", "--locked", "--release"]).args(packages).args(programs))
+        let mut build = cmd::cargo(&["build", "--locked", "--release"]);
+        build.args(packages).args(programs.iter().flat_map(|program| ["--bin", program]));
+        cmd::run(&mut build)
     })?;
     let debug = lab::bin_dir()?;
-    let bin = debug.parent().context("the target directory")?.join("release");
+    Ok(debug.parent().context("the target directory")?.join("release"))
+}
+
+/// Runs a program that takes `--report FILE` in the counting virtual machine.
+fn counted(kernel: &str, name: &str, args: &[String], report: Option<&Path>) -> Result<()> {
+    lab::need_root("the benchmark")?;
+    setup::run(Scope::Bench)?;
+    lab::build()?;
+    let program = lab::bin_dir()?.join(name);
+    let mut args = args.to_vec();
+    let mut tools = vm::matrix::tools()?;
+    for tool in needs::BENCH_TOOLS {
+        tools.push(needs::find_tool(tool.program).with_context(|| format!("no program {}", tool.program))?);
+    }
+    let kernel = Kernel::find(kernel)?;
+    let ovs = vm::packages::with_needs(OVS)?;
+    let report = report.map(std::path::absolute).transpose()?;
+    if let Some(report) = &report {
+        args.extend(["--report".into(), report.display().to_string()]);
+    }
+    let dirs: Vec<PathBuf> = report.iter().filter_map(|path| path.parent()).map(Path::to_path_buf).collect();
+    let job = Job {
+        kernel: &kernel,
+        runs: &[Run { name: name.into(), program, args }],
+        tools: &tools,
+        files: &[],
+        packaged: &OVS_FILES.map(|file| (ovs.clone(), file)),
+        trees: &[XTABLES.into()],
+        dirs: &dirs,
+        env: &[],
+        back: report.as_slice(),
+        limit: LIMIT,
+    };
+    for ran in vm::boot(&job, |line| println!("{line}"))? {
+        if !ran.success {
+            bail!("{}: {}", ran.name, ran.ended);
+        }
+    }
+    Ok(())
+}
+
+fn ipam(report: Option<&Path>) -> Result<()> {
+    lab::need_root("the benchmark of the sync")?;
+    setup::run(Scope::Tests)?;
+    cmd::step("build the allocator's benchmark for speed", || {
+        let example = ["--package", ALLOCATOR, "--example", "bench"];
+        cmd::run(cmd::cargo(&["build", "--locked", "--release"]).args(example))
+    })?;
+    let bin = release(&["eniway", "eniway-bench-ipam", "eniway-bench-faults"])?;
     let program = |name: &str| {
         let mut program = Command::new(bin.join(name));
         program.env("ENIWAY_BIN", bin.join("eniway"));

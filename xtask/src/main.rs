@@ -16,6 +16,7 @@ mod links;
 mod needs;
 mod setup;
 mod test;
+mod vm;
 
 /// Sets a machine up, runs the demo, the tests and the checks of eniway.
 #[derive(Parser)]
@@ -54,6 +55,9 @@ enum Task {
     Test {
         /// Which tests; all of them when not given. All but the host tests need root.
         group: Option<test::Group>,
+        /// The kernels of the tests in virtual machines.
+        #[arg(long, value_name = "VERSIONS", value_delimiter = ',', default_values_t = vm::matrix::KERNELS.map(String::from))]
+        kernels: Vec<String>,
         /// Only tests with this in their name, and whatever else the test runner understands.
         #[arg(last = true)]
         filter: Vec<String>,
@@ -62,9 +66,18 @@ enum Task {
     Bench {
         /// What.
         what: bench::Bench,
-        /// Add the figures to this JSON file.
+        /// What is counted; the benchmark's own choice when not given.
+        #[arg(long)]
+        engine: Option<bench::Engine>,
+        /// The kernel of the counted engine.
+        #[arg(long, value_name = "VERSION", default_value = "6.12")]
+        kernel: String,
+        /// Write the figures to this JSON file.
         #[arg(long, value_name = "FILE")]
         report: Option<PathBuf>,
+        /// For the benchmark's own program: cases, `--systems`; `--help` lists them.
+        #[arg(last = true)]
+        args: Vec<String>,
     },
     /// Formatting, lints of the host crates and of the BPF crates, documentation, lock file.
     Check,
@@ -77,8 +90,10 @@ fn main() -> ExitCode {
         Task::Doctor => doctor::run(),
         Task::Demo { keep, report } => lab::demo(keep, report.as_deref()).map(|()| true),
         Task::Lab { args } => lab::run(&args).map(|()| true),
-        Task::Test { group, filter } => test::run(group, &filter),
-        Task::Bench { what, report } => bench::run(what, report.as_deref()).map(|()| true),
+        Task::Test { group, kernels, filter } => test::run(group, &kernels, &filter),
+        Task::Bench { what, engine, kernel, report, args } => {
+            bench::run(what, engine, &kernel, report.as_deref(), &args).map(|()| true)
+        }
         Task::Check => check::run().map(|()| true),
     };
     finish(done)

@@ -23,8 +23,10 @@ pub(crate) enum Scope {
     Lab,
     /// Build, and run the tests of the host crates.
     HostTests,
-    /// All that [`Scope::Lab`] and [`Scope::HostTests`] do.
+    /// All that [`Scope::Lab`] and [`Scope::HostTests`] do, also in virtual machines.
     Tests,
+    /// All that [`Scope::Lab`] does, and benchmarks, also in virtual machines.
+    Bench,
     /// Build, and lint the BPF crates.
     Check,
     /// Everything.
@@ -56,6 +58,16 @@ pub(crate) const LAB_TOOLS: [Tool; 6] = [
 /// The programs that the tests of the host crates run.
 pub(crate) const TEST_TOOLS: [Tool; 1] =
     [tool("etcd", "etcd-server", "a store of the allocator, in its tests and benchmark")];
+
+/// The programs that virtual machines are made with.
+pub(crate) const VM_TOOLS: [Tool; 2] = [
+    tool("depmod", "kmod", "the modules of a virtual machine's kernel"),
+    tool("strip", "binutils", "programs for a virtual machine"),
+];
+
+/// The programs that benchmarks run.
+pub(crate) const BENCH_TOOLS: [Tool; 1] =
+    [tool("iptables-legacy-restore", "iptables", "kube-proxy's rules, in benchmarks")];
 
 /// Something a scope needs and the machine lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,7 +103,13 @@ pub(crate) fn lacks(scope: Scope) -> Vec<Lack> {
     if matches!(scope, Scope::HostTests | Scope::Tests | Scope::All) {
         lacks.extend(TEST_TOOLS.into_iter().filter(missing).map(Lack::Tool));
     }
-    if matches!(scope, Scope::Lab | Scope::Tests | Scope::All) {
+    if matches!(scope, Scope::Tests | Scope::Bench | Scope::All) {
+        lacks.extend(VM_TOOLS.into_iter().filter(missing).map(Lack::Tool));
+    }
+    if matches!(scope, Scope::Bench | Scope::All) {
+        lacks.extend(BENCH_TOOLS.into_iter().filter(missing).map(Lack::Tool));
+    }
+    if matches!(scope, Scope::Lab | Scope::Tests | Scope::Bench | Scope::All) {
         lacks.extend(LAB_TOOLS.into_iter().filter(missing).map(Lack::Tool));
         if !bpffs_mounted() {
             lacks.push(Lack::Bpffs);

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{cmd, crates, lab, needs::Scope, setup};
+use crate::{cmd, crates, lab, needs::Scope, setup, vm::matrix};
 
 /// A part of the tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -22,13 +22,16 @@ pub(crate) enum Group {
     Kernel,
     /// Scenarios in the lab.
     Lab,
+    /// The kernel programs and the doors in the lab, on Debian's kernels in virtual machines.
+    Vm,
 }
 
 /// How the files of the scenarios in the lab begin, in tests/tests; the others test the kernel programs.
 const SCENARIO_PREFIXES: [&str; 4] = ["agent", "fabric", "lab", "scenario"];
 
-/// Runs the tests of `group` (all without one). Returns whether all of them passed.
-pub(crate) fn run(group: Option<Group>, filter: &[String]) -> Result<bool> {
+/// Runs the tests of `group` (all without one), those in virtual machines on `kernels`. Returns whether all of them
+/// passed.
+pub(crate) fn run(group: Option<Group>, kernels: &[String], filter: &[String]) -> Result<bool> {
     let wanted = |one| group.is_none_or(|group| group == one);
     let host_only = group == Some(Group::Host);
     if host_only {
@@ -53,6 +56,9 @@ pub(crate) fn run(group: Option<Group>, filter: &[String]) -> Result<bool> {
                 if wanted(one) {
                     total.add(in_kernel(name, one, filter)?);
                 }
+            }
+            if wanted(Group::Vm) {
+                total.add(matrix::run(kernels, filter)?);
             }
         }
     }
@@ -127,14 +133,14 @@ fn runner(name: &str, tests: &mut Command) -> Result<Count> {
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-struct Count {
-    passed: u64,
-    failed: u64,
-    ignored: u64,
+pub(crate) struct Count {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) ignored: u64,
 }
 
 impl Count {
-    fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.ignored += other.ignored;
@@ -143,14 +149,14 @@ impl Count {
 
 /// Reads what a test program prints.
 #[derive(Default)]
-struct Reader {
+pub(crate) struct Reader {
     total: Count,
     /// The program that is running: how many tests it announced, and what became of them so far.
     current: Option<(u64, Count)>,
 }
 
 impl Reader {
-    fn line(&mut self, line: &str) {
+    pub(crate) fn line(&mut self, line: &str) {
         if let Some(announced) = announcement(line) {
             self.give_up();
             self.current = Some((announced, Count::default()));
@@ -165,7 +171,7 @@ impl Reader {
         }
     }
 
-    fn end(mut self) -> Count {
+    pub(crate) fn end(mut self) -> Count {
         self.give_up();
         self.total
     }

@@ -7,7 +7,7 @@
 //! is left of the difference is what the program itself adds. Programs that leave the packet alone are measured as they
 //! are, beside an empty program. One packet over and over finds all caches warm; `redirect`s are decided, not carried out.
 
-use std::{fs, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result};
 use aya::TestRunOptions;
@@ -33,6 +33,9 @@ struct Options {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Write JSON to this file.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Runs in one measurement.
     #[arg(long, default_value_t = 100_000)]
     repeat: u32,
@@ -397,6 +400,10 @@ fn main() -> Result<()> {
         rounds: options.rounds,
         rows: benches.iter().map(Bench::row).collect(),
     };
+    if let Some(path) = &options.report {
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        fs::write(path, text).with_context(|| path.display().to_string())?;
+    }
     if options.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {

@@ -122,7 +122,11 @@ impl Netns {
     }
 
     /// Runs lines of `ip -batch`.
-    pub(super) fn ip_batch(&self, lines: &str) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// When `ip` refuses a line; says which.
+    pub fn ip_batch(&self, lines: &str) -> Result<()> {
         let what = || format!("running `ip -batch -` in {}", self.name);
         let mut child = self
             .command("ip")?

@@ -1,0 +1,240 @@
+//! What is sent, and how long it takes: servers in one namespace, a client in another.
+
+use std::{
+    io::{self, Read as _, Write as _},
+    net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::lab::{Error, Result};
+
+use super::Pair;
+
+const LISTEN: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
+/// Answers byte by byte.
+const ECHO: u16 = 5001;
+/// Answers one byte and ends the connection.
+const ONCE: u16 = 5002;
+/// Takes all, and answers one byte at the end.
+const SINK: u16 = 5003;
+/// Answers each [`BURST`]th datagram.
+const DATAGRAMS: u16 = 5004;
+
+/// Datagrams that are under way at once: a socket's buffer holds far more.
+const BURST: u64 = 32;
+const SMALL: usize = 64;
+const CHUNK: usize = 1 << 16;
+const MIB: u64 = 1 << 20;
+/// Nothing of this takes so long; a lost packet that nobody repeats would wait for ever.
+const STUCK: Duration = Duration::from_secs(30);
+
+/// A kind of load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Load {
+    /// One byte each way over a connection that stands: a transaction.
+    TcpRr,
+    /// Connect, one byte each way, close: a transaction.
+    TcpCrr,
+    /// One stream: a MiB.
+    TcpStream,
+    /// Datagrams of 64 bytes, one way: a datagram.
+    Udp,
+}
+
+impl Load {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::TcpRr, Self::TcpCrr, Self::TcpStream, Self::Udp];
+
+    /// Its name in cases.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TcpRr => "tcp-rr",
+            Self::TcpCrr => "tcp-crr",
+            Self::TcpStream => "tcp-stream",
+            Self::Udp => "udp-64",
+        }
+    }
+
+    /// What is counted.
+    pub const fn unit(self) -> &'static str {
+        match self {
+            Self::TcpRr | Self::TcpCrr => "transaction",
+            Self::TcpStream => "MiB",
+            Self::Udp => "datagram",
+        }
+    }
+
+    /// How many make a round of the counted engine, and how many go before the first: caches of routes and neighbours
+    /// fill, windows open. A round is a few periods of the timer: so short that whatever else the machine does (the
+    /// agents look after their nodes) is in few rounds, and not in the median.
+    pub const fn round(self) -> (u64, u64) {
+        match self {
+            Self::TcpRr => (500, 100),
+            Self::TcpCrr => (100, 20),
+            Self::TcpStream => (16, 16),
+            Self::Udp => (100 * BURST, 4 * BURST),
+        }
+    }
+}
+
+/// How long a measurement lasts.
+#[derive(Clone, Copy, Debug)]
+pub enum Limit {
+    /// So many units, see [`Load::unit`]; of datagrams the next multiple of a burst.
+    Count(u64),
+    /// At least so long.
+    Time(Duration),
+}
+
+impl Limit {
+    fn goes_on(self, done: u64, start: Instant) -> bool {
+        match self {
+            Self::Count(count) => done < count,
+            // The clock costs something, too.
+            Self::Time(limit) => !done.is_multiple_of(16) || start.elapsed() < limit,
+        }
+    }
+}
+
+/// Starts all servers in the pair's second namespace, for as long as the process lives.
+///
+/// # Errors
+///
+/// When a port is taken, or the namespace is gone.
+pub fn serve(pair: &Pair) -> Result<()> {
+    let bind = |port| TcpListener::bind((LISTEN, port));
+    let sockets =
+        || io::Result::Ok((bind(ECHO)?, bind(ONCE)?, bind(SINK)?, UdpSocket::bind((LISTEN, DATAGRAMS))?));
+    let (echo, once, sink, datagrams) =
+        pair.server.run(sockets)?.map_err(Error::io(format!("servers in {}", pair.server)))?;
+    // A server that fails ends its connection, and the client says so.
+    thread::spawn(move || {
+        for mut stream in echo.incoming().map_while(io::Result::ok) {
+            thread::spawn(move || {
+                let mut byte = [0];
+                let _ = stream.set_nodelay(true);
+                while stream.read_exact(&mut byte).and_then(|()| stream.write_all(&byte)).is_ok() {}
+            });
+        }
+    });
+    thread::spawn(move || {
+        for mut stream in once.incoming().map_while(io::Result::ok) {
+            let mut byte = [0];
+            let _ = stream.read_exact(&mut byte).and_then(|()| stream.write_all(&byte));
+            // The client closes first.
+            let _ = stream.read(&mut byte);
+        }
+    });
+    thread::spawn(move || {
+        let mut buffer = vec![0; CHUNK];
+        for mut stream in sink.incoming().map_while(io::Result::ok) {
+            while stream.read(&mut buffer).is_ok_and(|length| length > 0) {}
+            let _ = stream.write_all(&[0]);
+        }
+    });
+    thread::spawn(move || {
+        let mut buffer = [0; SMALL];
+        let mut count = 0;
+        while let Ok((_, from)) = datagrams.recv_from(&mut buffer) {
+            count += 1;
+            if count % BURST == 0 {
+                let _ = datagrams.send_to(&buffer[..1], from);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// A client that is ready to measure; it does not matter what thread it is used by.
+pub enum Client {
+    /// Connected.
+    Rr(TcpStream),
+    /// Has to connect from its namespace each time.
+    Crr(SocketAddrV4),
+    /// As [`Client::Crr`].
+    Stream(SocketAddrV4),
+    /// Connected.
+    Udp(UdpSocket),
+}
+
+impl Client {
+    /// A client for this load, in the calling thread's namespace.
+    ///
+    /// # Errors
+    ///
+    /// When the server does not answer.
+    pub fn connect(load: Load, server: Ipv4Addr) -> io::Result<Self> {
+        let to = |port| SocketAddrV4::new(server, port);
+        Ok(match load {
+            Load::TcpRr => {
+                let stream = TcpStream::connect_timeout(&to(ECHO).into(), STUCK)?;
+                stream.set_nodelay(true)?;
+                stream.set_read_timeout(Some(STUCK))?;
+                Self::Rr(stream)
+            }
+            Load::TcpCrr => Self::Crr(to(ONCE)),
+            Load::TcpStream => Self::Stream(to(SINK)),
+            Load::Udp => {
+                let socket = UdpSocket::bind((LISTEN, 0))?;
+                socket.connect(to(DATAGRAMS))?;
+                socket.set_read_timeout(Some(STUCK))?;
+                Self::Udp(socket)
+            }
+        })
+    }
+
+    /// Sends, and says how many units went and how long they took; in the calling thread's namespace.
+    ///
+    /// # Errors
+    ///
+    /// When a connection ends early or a datagram is lost.
+    pub fn measure(&mut self, limit: Limit) -> io::Result<(u64, Duration)> {
+        let start = Instant::now();
+        let mut done = 0;
+        match self {
+            Self::Rr(stream) => {
+                while limit.goes_on(done, start) {
+                    exchange(stream)?;
+                    done += 1;
+                }
+            }
+            Self::Crr(to) => {
+                while limit.goes_on(done, start) {
+                    let mut stream = TcpStream::connect(*to)?;
+                    exchange(&mut stream)?;
+                    stream.shutdown(Shutdown::Both)?;
+                    done += 1;
+                }
+            }
+            Self::Stream(to) => {
+                let mut stream = TcpStream::connect(*to)?;
+                let chunk = vec![0; CHUNK];
+                while limit.goes_on(done, start) {
+                    for _ in 0..MIB / CHUNK as u64 {
+                        stream.write_all(&chunk)?;
+                    }
+                    done += 1;
+                }
+                stream.shutdown(Shutdown::Write)?;
+                stream.read_exact(&mut [0])?;
+            }
+            Self::Udp(socket) => {
+                while limit.goes_on(done, start) {
+                    for _ in 0..BURST {
+                        socket.send(&[0; SMALL])?;
+                    }
+                    socket.recv(&mut [0])?;
+                    done += BURST;
+                }
+            }
+        }
+        Ok((done, start.elapsed()))
+    }
+}
+
+fn exchange(stream: &mut TcpStream) -> io::Result<()> {
+    let mut byte = [0];
+    stream.write_all(&byte)?;
+    stream.read_exact(&mut byte)
+}

@@ -1,0 +1,190 @@
+//! Figures, and how they are written down.
+
+use std::{fmt::Write as _, fs};
+
+use serde::{Deserialize, Serialize};
+
+/// Everything that was measured.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// What counted: "counted" or "wall".
+    pub engine: String,
+    /// Release of the kernel.
+    pub kernel: String,
+    /// Costs.
+    pub runs: Vec<Run>,
+    /// Costs of one system over those of another.
+    pub ratios: Vec<Ratio>,
+    /// Cases whose control was off: what was measured there says nothing.
+    pub void: Vec<String>,
+}
+
+/// What a unit of a case costs over a system.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Run {
+    /// As in the report.
+    pub engine: String,
+    /// As in the report.
+    pub kernel: String,
+    /// Place and load.
+    pub case: String,
+    /// The system.
+    pub system: String,
+    /// Pods on the client's node.
+    pub endpoints: u32,
+    /// What the numbers are.
+    pub unit: String,
+    /// Of all rounds.
+    pub median: f64,
+    /// The cheapest round.
+    pub min: f64,
+    /// The dearest round.
+    pub max: f64,
+    /// Rounds.
+    pub n: usize,
+}
+
+/// The cost of one system over that of another: below 1, the first is cheaper.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ratio {
+    /// Place and load; "above loopback": of what is left when the cost over loopback is taken off both.
+    pub case: String,
+    /// The first system.
+    pub of: String,
+    /// The second.
+    pub to: String,
+    /// The median of the ratios of each round.
+    pub value: f64,
+    /// Where the median lies with a probability of 95 %: from here
+    pub low: f64,
+    /// to here.
+    pub high: f64,
+}
+
+/// Median and range.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// The middle one; of an even number, the lower of the two in the middle.
+    pub median: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of at least one value.
+    pub fn of(values: &[f64]) -> Self {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let at = |index: usize| sorted.get(index).copied().unwrap_or(f64::NAN);
+        let last = sorted.len().saturating_sub(1);
+        Self { median: at(last / 2), min: at(0), max: at(last) }
+    }
+}
+
+/// How often the median is taken of a sample drawn from the rounds.
+const DRAWS: usize = 2000;
+
+impl Ratio {
+    /// Of costs of the same rounds.
+    pub fn paired(case: String, of: &str, to: &str, costs: &[f64], others: &[f64]) -> Self {
+        let ratios: Vec<f64> = costs.iter().zip(others).map(|(cost, other)| cost / other).collect();
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut drawn = vec![0.0; ratios.len()];
+        let mut medians: Vec<f64> = (0..DRAWS)
+            .map(|_| {
+                drawn.fill_with(|| ratios[random.usize(..ratios.len())]);
+                Spread::of(&drawn).median
+            })
+            .collect();
+        medians.sort_by(f64::total_cmp);
+        let value = Spread::of(&ratios).median;
+        let (low, high) = (medians[DRAWS / 40], medians[DRAWS - 1 - DRAWS / 40]);
+        Self { case, of: of.into(), to: to.into(), value, low, high }
+    }
+}
+
+impl Report {
+    /// An empty one of the running kernel.
+    pub fn new(engine: &str) -> Self {
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        Self {
+            engine: engine.to_owned(),
+            kernel: kernel.trim().to_owned(),
+            runs: vec![],
+            ratios: vec![],
+            void: vec![],
+        }
+    }
+
+    /// The cases, each once, in the order of measurement.
+    pub fn cases(&self) -> Vec<&str> {
+        let mut cases = Vec::new();
+        for Run { case, .. } in &self.runs {
+            if !cases.contains(&case.as_str()) {
+                cases.push(case);
+            }
+        }
+        cases
+    }
+
+    /// The figures of a case, the cheapest first.
+    pub fn of(&self, case: &str) -> Vec<&Run> {
+        let mut runs: Vec<_> = self.runs.iter().filter(|run| run.case == case).collect();
+        runs.sort_by(|a, b| a.median.total_cmp(&b.median));
+        runs
+    }
+
+    /// Tables in Markdown, a case each.
+    pub fn markdown(&self) -> String {
+        let mut text = String::new();
+        for case in self.cases() {
+            let runs = self.of(case);
+            let unit = runs.first().map_or("", |run| run.unit.as_str());
+            let _ = write!(text, "\n### {case}\n\n");
+            if self.void.iter().any(|void| void == case) {
+                text.push_str("**Void**: the control pair differed; these figures say nothing.\n\n");
+            }
+            let _ = write!(
+                text,
+                "| system | {unit} | range | eniway / this | above loopback |\n|---|---:|---|---:|---:|\n"
+            );
+            for run in runs {
+                let ratio = |case: &str| {
+                    let found = self.ratios.iter().find(|ratio| ratio.case == case && ratio.to == run.system);
+                    found.map_or_else(String::new, |ratio| format!("{:.3}", ratio.value))
+                };
+                let _ = writeln!(
+                    text,
+                    "| {} | {:.0} | {:.0} to {:.0} | {} | {} |",
+                    run.system,
+                    run.median,
+                    run.min,
+                    run.max,
+                    ratio(case),
+                    ratio(&format!("{case} above loopback"))
+                );
+            }
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_a_value_of_the_middle() {
+        assert_eq!(Spread::of(&[3.0, 1.0, 2.0]), Spread { median: 2.0, min: 1.0, max: 3.0 });
+        assert_eq!(Spread::of(&[4.0, 1.0]).median, 1.0);
+    }
+
+    #[test]
+    fn rounds_are_paired() {
+        // Whatever disturbs a round disturbs both.
+        let ratio = Ratio::paired("c".into(), "a", "b", &[1.0, 10.0, 100.0], &[2.0, 20.0, 200.0]);
+        assert_eq!((ratio.value, ratio.low, ratio.high), (0.5, 0.5, 0.5));
+    }
+}
