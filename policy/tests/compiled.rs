@@ -20,7 +20,7 @@ use eniway_policy::{
 use proptest::{collection::vec, prelude::*};
 
 fn id(name: &str) -> GroupId {
-    name.parse().unwrap()
+    name.parse().expect("what the test made")
 }
 
 fn sg(n: usize) -> GroupId {
@@ -41,7 +41,7 @@ fn ports() -> impl Strategy<Value = Ports> {
     prop_oneof![
         1 => Just(Ports::ALL),
         3 => vec(range, 1..4).prop_map(|list| {
-            Ports::of(list.into_iter().map(|(first, last)| PortRange::new(first, last).unwrap()).collect())
+            Ports::of(list.into_iter().map(|(first, last)| PortRange::new(first, last).expect("what the test made")).collect())
         }),
     ]
 }
@@ -78,7 +78,7 @@ fn remote() -> impl Strategy<Value = Remote> {
     ];
     prop_oneof![
         2 => Just(Remote::Any),
-        3 => prefix.prop_map(|text| Remote::Cidr(text.parse().unwrap())),
+        3 => prefix.prop_map(|text| Remote::Cidr(text.parse().expect("what the test made"))),
         // One group more than there is: nobody who can be judged is in it.
         3 => (0..=GROUPS).prop_map(|n| Remote::Group(sg(n))),
         1 => (0..ADDRESS_GROUPS).prop_map(|n| Remote::AddressGroup(ag(n))),
@@ -96,7 +96,7 @@ fn rule() -> impl Strategy<Value = Rule> {
         .prop_map(|(direction, action, priority, protocol, remote)| Rule {
             direction,
             action,
-            priority: Priority::try_from(priority).unwrap(),
+            priority: Priority::try_from(priority).expect("what the test made"),
             protocol,
             remote,
         })
@@ -116,7 +116,7 @@ fn groups() -> impl Strategy<Value = Groups> {
         }
         let lists = [["10.1.0.1/32", "2001:db8::/127"], ["10.1.0.2/31", "10.2.0.0/16"]];
         for (n, list) in lists.iter().enumerate() {
-            let addresses = list.iter().map(|text| text.parse().unwrap()).collect();
+            let addresses = list.iter().map(|text| text.parse().expect("what the test made")).collect();
             groups.address_groups.insert(ag(n), AddressGroup { id: ag(n), addresses });
         }
         groups
@@ -134,7 +134,10 @@ fn pods() -> impl Strategy<Value = BTreeMap<u8, PodFacts>> {
                 let pod = PodFacts {
                     ipv4: Some(Ipv4Addr::new(10, 1, 0, n)),
                     ipv6: Some(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, n.into())),
-                    membership: Membership { groups: groups.try_into().unwrap(), revision },
+                    membership: Membership {
+                        groups: groups.try_into().expect("what the test made"),
+                        revision,
+                    },
                     class,
                 };
                 (n, pod)
@@ -238,8 +241,8 @@ fn check(groups: &Groups, pods: &BTreeMap<u8, PodFacts>, family: Family, probes:
         assert_eq!(compiled.classes.contains_key(key), !cannot, "pod {key}");
     }
     let address = |pod: &PodFacts| match family {
-        Family::V4 => IpAddr::V4(pod.ipv4.unwrap()),
-        Family::V6 => IpAddr::V6(pod.ipv6.unwrap()),
+        Family::V4 => IpAddr::V4(pod.ipv4.expect("what the test made")),
+        Family::V6 => IpAddr::V6(pod.ipv6.expect("what the test made")),
     };
     for (from, a) in pods {
         for (to, b) in pods.iter().filter(|(to, _)| *to != from) {
@@ -314,14 +317,15 @@ fn more_than_there_is_room_for_is_left_to_the_vpc() {
         protocol: Protocol::Tcp(ports),
         remote: Remote::Any,
     };
-    let every_other = (0..5000u16).map(|n| PortRange::new(2 * n + 1, 2 * n + 1).unwrap()).collect();
+    let every_other =
+        (0..5000u16).map(|n| PortRange::new(2 * n + 1, 2 * n + 1).expect("what the test made")).collect();
     let mut groups = Groups::default();
     for (name, ports) in [("big", Ports::of(every_other)), ("small", Ports::ALL)] {
         groups.security_groups.insert(id(name), SecurityGroup { id: id(name), rules: vec![allow(ports)] });
     }
     let pod = |n: u8, list: &[&str]| {
         let groups: Vec<GroupId> = list.iter().map(|name| id(name)).collect();
-        let membership = Membership { groups: groups.try_into().unwrap(), revision: 0 };
+        let membership = Membership { groups: groups.try_into().expect("what the test made"), revision: 0 };
         (n, PodFacts { ipv4: Some([10, 0, 0, n].into()), membership, ..PodFacts::default() })
     };
     let pods = BTreeMap::from([pod(1, &["big"]), pod(2, &["small"]), pod(3, &["small", "big"])]);

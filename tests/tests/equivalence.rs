@@ -216,6 +216,13 @@ fn valid(dice: &mut Dice) -> Case {
     case
 }
 
+/// Between the two pods that rules are about.
+fn conversation(dice: &mut Dice) -> Case {
+    let (pod, to) = dice.of(&[(PODS[0], PODS[1]), (PODS[0], PODS[1]), (PODS[1], PODS[0])]);
+    let frame = between(dice, pod.ipv4, to.ipv4).macs(pod.mac, GATEWAY_MAC).bytes();
+    Case { hook: Hook::PodEgress, frame, tag: None, ifindex: pod.ifindex, gso_size: 0, gso_segs: 0 }
+}
+
 fn put(frame: &mut [u8], at: usize, bytes: &[u8]) {
     if let Some(place) = frame.get_mut(at..at + bytes.len()) {
         place.copy_from_slice(bytes);
@@ -658,7 +665,7 @@ fn host_and_kernel_decide_alike() {
         if which >= 2 && dice.one_in(100) {
             side.change_rules(&mut dice);
         }
-        let case = generate(&mut dice);
+        let case = if which >= 2 && dice.one_in(3) { conversation(&mut dice) } else { generate(&mut dice) };
 
         let clock_before = now();
         let output = match side.programs.run(case.hook, &case.input()) {

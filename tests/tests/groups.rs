@@ -38,7 +38,7 @@ fn lab(id: &str) -> Result<Lab> {
         .build()?;
     lab.start_agents()?;
     change(lab.agent("n")?, |document| {
-        for pod in document["pods"].as_array_mut().unwrap() {
+        for pod in document["pods"].as_array_mut().expect("what the test made") {
             pod["fast_path"] = json!("security-groups");
             pod["security_groups"] =
                 if pod["name"] == "a" { json!(["sg-client"]) } else { json!(["sg-server"]) };
@@ -66,11 +66,21 @@ fn change(agent: &Agent, edit: impl FnOnce(&mut Value)) -> Result {
 }
 
 fn group<'d>(document: &'d mut Value, id: &str) -> &'d mut Value {
-    document["security_groups"].as_array_mut().unwrap().iter_mut().find(|group| group["id"] == id).unwrap()
+    document["security_groups"]
+        .as_array_mut()
+        .expect("what the test made")
+        .iter_mut()
+        .find(|group| group["id"] == id)
+        .expect("what the test made")
 }
 
 fn pod<'d>(document: &'d mut Value, name: &str) -> &'d mut Value {
-    document["pods"].as_array_mut().unwrap().iter_mut().find(|pod| pod["name"] == name).unwrap()
+    document["pods"]
+        .as_array_mut()
+        .expect("what the test made")
+        .iter_mut()
+        .find(|pod| pod["name"] == name)
+        .expect("what the test made")
 }
 
 /// Datagrams from one port of `a` to `b`, one a millisecond, until it is dropped.
@@ -240,8 +250,12 @@ fn people_are_told_why() -> Result {
     let lab = lab("g-told")?;
     let agent = lab.agent("n")?;
     let policy: Value = serde_json::from_str(&agent.cli(&["policy", "--json"])?)?;
-    let verdicts: Vec<&str> =
-        policy["pairs"].as_array().unwrap().iter().map(|pair| pair["verdict"].as_str().unwrap()).collect();
+    let verdicts: Vec<&str> = policy["pairs"]
+        .as_array()
+        .expect("what the test made")
+        .iter()
+        .map(|pair| pair["verdict"].as_str().expect("what the test made"))
+        .collect();
     assert_eq!(verdicts, ["check", "check"], "{policy}");
     let told = agent.cli(&["trace", "--pod", "a", "--to", "10.1.18.2:7000", "--proto", "udp"])?;
     for words in [

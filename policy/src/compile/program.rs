@@ -35,7 +35,7 @@ impl Decider {
         rules: impl Iterator<Item = &'a Rule>,
         needs: impl Fn(&Rule) -> Result<Option<usize>, ()>,
     ) -> Self {
-        let mut chosen: Vec<(&Rule, Option<usize>, Vec<Range<u32>>)> =
+        let mut chosen: Vec<_> =
             rules.filter_map(|rule| Some((rule, needs(rule).ok()?, keys_of(&rule.protocol)))).collect();
         chosen.sort_by_key(|(rule, ..)| (rule.priority, rule.action));
         let mut cuts: Vec<u32> = chosen
@@ -102,7 +102,7 @@ fn keys_of(protocol: &Protocol) -> Vec<Range<u32>> {
     let all_of = |proto: u8| traffic_key(proto, 0)..traffic_key(proto, u16::MAX) + 1;
     let ports = |proto: u8, ports: &crate::model::Ports| {
         if ports.is_all() {
-            return vec![all_of(proto)];
+            return Vec::from([all_of(proto)]);
         }
         let range = |range: &crate::model::PortRange| {
             traffic_key(proto, range.first())..traffic_key(proto, range.last()) + 1
@@ -110,23 +110,23 @@ fn keys_of(protocol: &Protocol) -> Vec<Range<u32>> {
         ports.ranges().iter().map(range).collect()
     };
     let icmp = |proto: u8, of: IcmpMatch| match of {
-        IcmpMatch::Any => vec![all_of(proto)],
+        IcmpMatch::Any => Vec::from([all_of(proto)]),
         IcmpMatch::Type(icmp_type) => {
             let first = traffic_key(proto, u16::from(icmp_type) << 8);
-            vec![first..first + 0x100]
+            Vec::from([first..first + 0x100])
         }
         IcmpMatch::Code(icmp_type, code) => {
             let key = traffic_key(proto, u16::from_be_bytes([icmp_type, code]));
-            vec![key..key + 1]
+            Vec::from([key..key + 1])
         }
     };
     match protocol {
-        Protocol::Any => vec![0..KEYS],
+        Protocol::Any => Vec::from([0..KEYS]),
         Protocol::Tcp(of) => ports(Protocol::TCP, of),
         Protocol::Udp(of) => ports(Protocol::UDP, of),
         Protocol::Icmp(of) => icmp(Protocol::ICMP, *of),
         Protocol::Icmpv6(of) => icmp(Protocol::ICMPV6, *of),
-        Protocol::Number(number) => vec![all_of(*number)],
+        Protocol::Number(number) => Vec::from([all_of(*number)]),
     }
 }
 
