@@ -97,12 +97,16 @@ impl Decider {
     }
 }
 
+fn one(range: Range<u32>) -> Vec<Range<u32>> {
+    std::iter::once(range).collect()
+}
+
 /// The traffic of a rule as ranges of [`traffic_key`].
 fn keys_of(protocol: &Protocol) -> Vec<Range<u32>> {
     let all_of = |proto: u8| traffic_key(proto, 0)..traffic_key(proto, u16::MAX) + 1;
     let ports = |proto: u8, ports: &crate::model::Ports| {
         if ports.is_all() {
-            return Vec::from([all_of(proto)]);
+            return one(all_of(proto));
         }
         let range = |range: &crate::model::PortRange| {
             traffic_key(proto, range.first())..traffic_key(proto, range.last()) + 1
@@ -110,23 +114,23 @@ fn keys_of(protocol: &Protocol) -> Vec<Range<u32>> {
         ports.ranges().iter().map(range).collect()
     };
     let icmp = |proto: u8, of: IcmpMatch| match of {
-        IcmpMatch::Any => Vec::from([all_of(proto)]),
+        IcmpMatch::Any => one(all_of(proto)),
         IcmpMatch::Type(icmp_type) => {
             let first = traffic_key(proto, u16::from(icmp_type) << 8);
-            Vec::from([first..first + 0x100])
+            one(first..first + 0x100)
         }
         IcmpMatch::Code(icmp_type, code) => {
             let key = traffic_key(proto, u16::from_be_bytes([icmp_type, code]));
-            Vec::from([key..key + 1])
+            one(key..key + 1)
         }
     };
     match protocol {
-        Protocol::Any => Vec::from([0..KEYS]),
+        Protocol::Any => one(0..KEYS),
         Protocol::Tcp(of) => ports(Protocol::TCP, of),
         Protocol::Udp(of) => ports(Protocol::UDP, of),
         Protocol::Icmp(of) => icmp(Protocol::ICMP, *of),
         Protocol::Icmpv6(of) => icmp(Protocol::ICMPV6, *of),
-        Protocol::Number(number) => Vec::from([all_of(*number)]),
+        Protocol::Number(number) => one(all_of(*number)),
     }
 }
 
