@@ -143,11 +143,11 @@ pub fn layouts(limits: &Limits) -> [(&'static str, MapLayout); maps::ALL.len()] 
         (maps::SUBENI, layout::<u32, u32>(MapType::Array, MAX_PARENTS * VLANS)),
         (maps::POD_IF, layout::<u32, u32>(MapType::Hash, pods)),
         (maps::POD_IF_DIRECT, layout::<u32, u32>(MapType::Array, maps::DIRECT)),
-        (maps::POD_IP4_DIRECT, layout::<u32, u32>(MapType::Array, maps::DIRECT)),
-        (maps::HOST_DST_BITS, layout::<u32, u64>(MapType::Array, maps::HOST_DST_WORDS)),
         (maps::POD_IP4, layout::<[u8; 4], u32>(MapType::Hash, pods)),
+        (maps::POD_IP4_DIRECT, layout::<u32, u32>(MapType::Array, maps::DIRECT)),
         (maps::POD_IP6, layout::<[u8; 16], u32>(MapType::Hash, pods)),
         (maps::HOST_DST, layout::<Key<[u8; 4]>, u32>(MapType::LpmTrie, MAX_HOST_DST)),
+        (maps::HOST_DST_BITS, layout::<u32, u64>(MapType::Array, maps::HOST_DST_WORDS)),
         (maps::VIPS, layout::<VipKey, u32>(MapType::Hash, MAX_VIPS)),
         (maps::FLOWS, layout::<FlowKey, Flow>(MapType::LruHash, limits.flows)),
         (maps::FLOW_MARK, layout::<u32, u32>(MapType::Array, pods + 1)),
@@ -418,10 +418,10 @@ mod tests {
     #[test]
     fn paths_hold_the_version_and_no_dot_of_an_interface() {
         let pins = Pins::new(Path::new("/sys/fs/bpf/x"));
-        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v1/maps/ENDPOINT"));
-        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v1/links/parent-eth1:5-in"));
-        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v1/links/parent-eth1-xdpg"));
-        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v1/links/pod-7-out"));
+        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v3/maps/ENDPOINT"));
+        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v3/links/parent-eth1:5-in"));
+        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v3/links/parent-eth1-xdpg"));
+        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v3/links/pod-7-out"));
     }
 
     #[test]
