@@ -5,10 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use datapath_common::abi::maps::{DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_PARENTS};
+use datapath_common::abi::{
+    maps::{DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_PARENTS},
+    policy::CLASSES,
+};
 use eniway_ipam::rpc::Address;
 use ipnet::Ipv4Net;
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::net::InterfaceName;
 
@@ -72,6 +75,9 @@ pub struct Config {
     /// Which pod-to-pod traffic on the node takes the fast path.
     #[serde(default)]
     pub fast_path: FastPath,
+    /// Only count what security groups would do to traffic that takes the fast path by `fast_path = "all"`.
+    #[serde(default)]
+    pub observe: bool,
     /// What to log, unless the environment's `RUST_LOG` says otherwise.
     #[serde(default = "default_log")]
     pub log: String,
@@ -89,12 +95,14 @@ pub struct Config {
 }
 
 /// Which pod-to-pod traffic on the node takes the fast path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum FastPath {
     /// None: everything goes out on the source's VLAN and comes back on the destination's.
-    #[default]
     Off,
+    /// What security groups allow.
+    #[default]
+    SecurityGroups,
     /// All of it, whatever the security groups say.
     All,
 }
@@ -104,6 +112,7 @@ impl FastPath {
     pub fn name(self) -> &'static str {
         match self {
             Self::Off => "off",
+            Self::SecurityGroups => "security-groups",
             Self::All => "all",
         }
     }
@@ -220,6 +229,13 @@ pub struct Limits {
     pub flows: u32,
 }
 
+impl Limits {
+    /// Classes of pods that security groups are compiled for, the 0 of "cannot be judged" included.
+    pub fn classes(&self) -> u32 {
+        (self.endpoints + 1).min(CLASSES as u32)
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self { endpoints: DEFAULT_ENDPOINTS, flows: DEFAULT_FLOWS }
@@ -297,6 +313,10 @@ impl Config {
         {
             return says("source.address", format!("`{url}` needs `ca`, `cert` and `key` beside it"));
         }
+        if self.observe && self.fast_path != FastPath::All {
+            let name = self.fast_path.name();
+            return says("observe", format!("works with `fast_path = \"all\"`, not with \"{name}\""));
+        }
         if self.parents.is_empty() {
             return says("parent", "at least one [[parent]] is needed".to_owned());
         }
@@ -351,7 +371,7 @@ interface = "eth1"
         let config = parse(LEAST).unwrap();
         assert_eq!(config.pin_dir, Path::new("/sys/fs/bpf/eniway"));
         assert_eq!(config.run_dir, Path::new("/run/eniway"));
-        assert_eq!(config.fast_path, FastPath::Off);
+        assert_eq!(config.fast_path, FastPath::SecurityGroups);
         assert_eq!(config.parents[0].xdp, Xdp::Off);
         assert!(!config.parents[0].generic_xdp);
         assert_eq!(config.host.metadata, Metadata::Deny);

@@ -17,8 +17,9 @@ use aya::{
     sys::SyscallError,
 };
 use datapath_common::abi::{
-    self, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+    self, Admitted, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
     maps::{self, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS, MAX_VIPS, SLOTS_PER_ENDPOINT, VLANS, VipKey},
+    policy::{ClassGroups, MAX_GROUPS, PAGES, Page, ProgramRow, VerdictRow},
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
@@ -152,6 +153,13 @@ pub fn layouts(limits: &Limits) -> [(&'static str, MapLayout); maps::ALL.len()] 
         (maps::FLOW_MARK, layout::<u32, u32>(MapType::Array, pods + 1)),
         (maps::FRAGS, layout::<FragmentKey, Fragment>(MapType::LruHash, MAX_FRAGS)),
         (maps::COUNTERS, layout::<u32, CounterRow>(MapType::PerCpuArray, pods + 1)),
+        (maps::EPOCH, layout::<u32, u32>(MapType::Array, 1)),
+        (maps::VERDICT, layout::<u32, VerdictRow>(MapType::Array, limits.classes())),
+        (maps::CLASS, layout::<u32, ClassGroups>(MapType::Array, 2 * limits.classes())),
+        (maps::PROGRAM, layout::<u32, ProgramRow>(MapType::Array, 4 * MAX_GROUPS)),
+        (maps::RULES, layout::<u32, Page>(MapType::Array, 2 * PAGES)),
+        (maps::PAIRS, layout::<PairKey, Admitted>(MapType::LruHash, limits.flows)),
+        (maps::PAIR_MARK, layout::<u32, u32>(MapType::Array, pods + 1)),
     ]
 }
 
@@ -410,10 +418,10 @@ mod tests {
     #[test]
     fn paths_hold_the_version_and_no_dot_of_an_interface() {
         let pins = Pins::new(Path::new("/sys/fs/bpf/x"));
-        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v2/maps/ENDPOINT"));
-        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v2/links/parent-eth1:5-in"));
-        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v2/links/parent-eth1-xdpg"));
-        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v2/links/pod-7-out"));
+        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v3/maps/ENDPOINT"));
+        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v3/links/parent-eth1:5-in"));
+        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v3/links/parent-eth1-xdpg"));
+        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v3/links/pod-7-out"));
     }
 
     #[test]

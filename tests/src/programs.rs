@@ -3,17 +3,24 @@
 //! The kernel knows no tag beside the frame there and does not say what tag a program leaves; the programs of
 //! `fabric-ebpf/src/probe.rs` run around the ones under test where that matters.
 
-use std::{collections::BTreeMap, ffi::OsStr, fmt, process::Command, time::Duration};
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fmt,
+    os::fd::{AsFd as _, AsRawFd as _},
+    process::Command,
+    time::Duration,
+};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader, TestRun as _, TestRunOptions,
-    maps::{MapError, ProgramArray},
+    maps::{Map, MapError, ProgramArray},
     programs::{ProgramError, ProgramFd, SchedClassifier, TestRunResult, Xdp},
 };
 use datapath_common::{
-    abi::{Direction, Fragment, Outcome},
+    abi::{Direction, Outcome},
     packet::link::Tag,
-    testing::MemoryTables,
+    testing::{MemoryTables, rules::Row},
 };
 use datapath_user::{
     config::Limits,
@@ -249,7 +256,26 @@ impl Programs {
         });
         self.maps.set_host_dsts(&prefixes.collect())?;
         self.maps.set_vips(&node.vips)?;
+        self.fill_rules(node)?;
         self.fill_memory(node)
+    }
+
+    /// Makes the tables of security groups say what `node` says.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be written.
+    pub fn fill_rules(&mut self, node: &MemoryTables) -> Result<(), TablesError> {
+        let maps = &mut self.maps.policy;
+        for row in node.rules.rows() {
+            match row {
+                Row::Verdict(at, row) => maps.set_verdicts(at, row)?,
+                Row::Class(at, row) => maps.set_class_groups(at, row)?,
+                Row::Program(at, row) => maps.set_programs(at, row)?,
+                Row::Rules(at, row) => maps.set_page(at, row)?,
+            }
+        }
+        maps.set_epoch(node.rules.epoch)
     }
 
     /// Adds what `node` remembers.
@@ -261,8 +287,11 @@ impl Programs {
         for (key, flow) in &node.flows {
             self.maps.set_flow(key, flow)?;
         }
-        for (key, door) in &node.fragments {
-            self.maps.set_fragment(key, &Fragment { door: *door as u8, pad: [0; 3] })?;
+        for (key, fragment) in &node.fragments {
+            self.maps.set_fragment(key, fragment)?;
+        }
+        for (key, flow) in &node.pairs {
+            self.maps.policy.set_pair(key, flow)?;
         }
         Ok(())
     }
@@ -359,6 +388,22 @@ impl Programs {
             ..TestRunOptions::new()
         };
         Ok(self.test_run(hook, options)?.duration)
+    }
+
+    /// Memory that the kernel has for a map, in bytes, by what it says of the descriptor.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such array or LRU map, or the kernel does not say.
+    pub fn map_memory(&self, name: &'static str) -> std::io::Result<u64> {
+        let missing = || std::io::Error::other(format!("no memory is told of map {name}"));
+        let (Map::Array(data) | Map::LruHashMap(data)) = self.ebpf.map(name).ok_or_else(missing)? else {
+            return Err(missing());
+        };
+        let path = format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd());
+        let text = std::fs::read_to_string(path)?;
+        let memory = text.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok());
+        memory.ok_or_else(missing)
     }
 
     /// The program itself.

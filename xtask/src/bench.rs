@@ -22,6 +22,8 @@ use crate::{
 pub(crate) enum Bench {
     /// The allocator, and the way from its word to the kernel; by the clock.
     Ipam,
+    /// What security groups cost on the fast path; by the clock.
+    Policy,
     /// Each kernel program on one packet over and over, beside one that does nothing.
     Programs,
     /// Traffic between pods over eniway, and over what one would run instead.
@@ -50,6 +52,10 @@ pub(crate) fn run(
             bail!("the allocator is measured by the clock, with files and sockets; leave --engine out")
         }
         (Bench::Ipam, _) => ipam(report),
+        (Bench::Policy, Some(Engine::Counted)) => {
+            bail!("what security groups cost is measured by the clock; leave --engine out")
+        }
+        (Bench::Policy, _) => policy(report),
         // Each run takes as many instructions as the one before; the medians keep the timer's interrupts out.
         (Bench::Programs, None | Some(Engine::Counted)) => {
             let few = ["--rounds", "7", "--repeat", "500"].map(String::from);
@@ -143,13 +149,36 @@ fn counted(kernel: &str, name: &str, args: &[String], report: Option<&Path>) -> 
     Ok(())
 }
 
+fn policy(report: Option<&Path>) -> Result<()> {
+    lab::need_root("the benchmark")?;
+    setup::run(Scope::Tests)?;
+    example(COMPILER, "compile")?;
+    let bin = release(&["eniway-bench-policy"])?;
+    let figures = bin.join("bench-policy-compile.json");
+    cmd::step("the compiler", || {
+        let text = cmd::output(&mut Command::new(bin.join("examples/compile")))?;
+        print!("{text}");
+        fs::write(&figures, text).with_context(|| figures.display().to_string())
+    })?;
+    let mut packets = Command::new(bin.join("eniway-bench-policy"));
+    if let Some(report) = report {
+        packets.arg("--report").arg(report).arg("--add").arg(figures);
+    }
+    cmd::step("the kernel programs", || cmd::run(&mut packets))
+}
+
+/// Builds a crate's benchmark for speed.
+fn example(package: &str, name: &str) -> Result<()> {
+    cmd::step(&format!("build the benchmark of {package} for speed"), || {
+        let example = ["--package", package, "--example", name];
+        cmd::run(cmd::cargo(&["build", "--locked", "--release"]).args(example))
+    })
+}
+
 fn ipam(report: Option<&Path>) -> Result<()> {
     lab::need_root("the benchmark of the sync")?;
     setup::run(Scope::Tests)?;
-    cmd::step("build the allocator's benchmark for speed", || {
-        let example = ["--package", ALLOCATOR, "--example", "bench"];
-        cmd::run(cmd::cargo(&["build", "--locked", "--release"]).args(example))
-    })?;
+    example(ALLOCATOR, "bench")?;
     let bin = release(&["eniway", "eniway-bench-ipam", "eniway-bench-faults"])?;
     let program = |name: &str| {
         let mut program = Command::new(bin.join(name));
@@ -175,4 +204,5 @@ fn ipam(report: Option<&Path>) -> Result<()> {
     cmd::step("kills of allocators and agents", || cmd::run(&mut program("eniway-bench-faults")))
 }
 
+const COMPILER: &str = "eniway-policy";
 const ALLOCATOR: &str = "eniway-ipam";

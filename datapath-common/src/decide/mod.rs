@@ -13,6 +13,9 @@ pub mod eni_egress;
 pub mod eni_ingress;
 pub mod pod_egress;
 pub mod pod_ingress;
+pub mod policy;
+#[cfg(test)]
+mod policy_tests;
 #[cfg(test)]
 mod tests;
 

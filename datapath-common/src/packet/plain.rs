@@ -89,12 +89,12 @@ pub fn parse<const TAG: usize, F: Frame + ?Sized>(frame: &F) -> Option<Packet> {
     if frame.len() < total_len + (ETHERNET + TAG) as u32 {
         return None;
     }
-    let (role, header_len) = match start.proto {
+    let (role, ends, header_len) = match start.proto {
         TCP => {
             let tcp: TcpRest = frame.load(TCP_REST + TAG)?;
-            (l4::tcp_role(tcp.flags), u32::from(tcp.data_offset >> 4) * 4)
+            (l4::tcp_role(tcp.flags), l4::tcp_ends(tcp.flags), u32::from(tcp.data_offset >> 4) * 4)
         }
-        UDP => (Role::Either, 8),
+        UDP => (Role::Either, 0, 8),
         _ => return None,
     };
     let least = if start.proto == TCP { IPV4_LEN + 20 } else { IPV4_LEN + 8 };
@@ -116,6 +116,7 @@ pub fn parse<const TAG: usize, F: Frame + ?Sized>(frame: &F) -> Option<Packet> {
                 proto: start.proto,
                 header_len,
                 role,
+                ends,
                 ..L4::NONE
             },
         },

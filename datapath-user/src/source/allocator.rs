@@ -11,6 +11,7 @@ use eniway_ipam::{
     rpc::{Address, Client, ClientError, Event, Tls},
     vpc::Kind,
 };
+use eniway_policy::model::{GroupId, GroupList, Invalid, Membership};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Desired, Pod, Refused, State, owner_of, vlan_id};
@@ -263,6 +264,13 @@ fn low_half(generation: u64) -> u32 {
     (generation & u64::from(u32::MAX)) as u32
 }
 
+/// The ids of a pod's security groups.
+fn groups(ids: &[String]) -> Result<GroupList, String> {
+    let problem = |invalid: Invalid| format!("security_groups: {invalid}");
+    let ids = ids.iter().map(|id| id.parse()).collect::<Result<Vec<GroupId>, _>>().map_err(problem)?;
+    ids.try_into().map_err(problem)
+}
+
 /// The agent's view of an allocation, or why there is none.
 fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
     if allocation.kind == Kind::Eni {
@@ -285,6 +293,10 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         Some(_) => None,
         None => Some(wiring::host_interface_name(&allocation.key.container_id, interface.as_str())),
     };
+    // Without groups that can be read the VPC decides for the pod, which it does in any case on the wire.
+    let groups = groups(&allocation.security_groups)
+        .inspect_err(|problem| log::warn!("pod {}/{}: {problem}", allocation.namespace, allocation.name))
+        .unwrap_or_default();
     let mac = allocation.mac;
     let pod = Pod {
         uid: allocation.key.uid.clone(),
@@ -307,7 +319,8 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         gateway_mac: allocation.gateway_mac,
         gateway_ipv6: allocation.gateway_ipv6,
         mtu: allocation.mtu,
-        policy: 0,
+        membership: Membership { groups, revision: 0 },
+        fast_path: None,
     };
     pod.check(parents).map_err(|(field, what)| format!("{field}: {what}"))?;
     Ok(pod)
