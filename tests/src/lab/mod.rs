@@ -26,6 +26,7 @@ pub mod capture;
 pub mod elb;
 pub mod error;
 pub mod fabric;
+pub mod groups;
 pub mod http;
 pub mod large;
 pub mod net;

@@ -1,0 +1,12 @@
+//! Security groups as the lab's VPC enforces them: a plain evaluator of what the documentation of [`eniway_policy`] says,
+//! which shares nothing with the compiler of the fast path but the types of the model, and so can judge it.
+
+mod flows;
+pub mod packet;
+mod rules;
+#[cfg(test)]
+mod tests;
+
+pub use flows::Vpc;
+pub use packet::Packet;
+pub use rules::{Members, Verdict, Why};
