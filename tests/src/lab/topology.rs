@@ -12,11 +12,14 @@ use std::{
     time::Duration,
 };
 
+use eniway_policy::model::{GroupList, Groups, Membership};
+
 use super::{
     agent::{Agent, READY, Settings},
     elb::{Elb, Listener},
     error::{Error, Result},
     fabric::{Fabric, Port},
+    groups::{Gate, Vpc},
     large,
     netns::{Netns, NetnsGuard},
     nginx::{Access, Nginx},
@@ -106,6 +109,8 @@ pub struct LabBuilder {
     mtu: u32,
     flow_log: bool,
     host_prefixes: Vec<String>,
+    groups: Option<Groups>,
+    lists: Vec<(String, GroupList)>,
 }
 
 impl LabBuilder {
@@ -210,6 +215,21 @@ impl LabBuilder {
         self
     }
 
+    /// Has the VPC enforce security groups, in this process: a lab that is [kept](Lab::keep) forwards nothing any more.
+    /// Without this the fabric knows of none, and pays nothing.
+    #[must_use]
+    pub fn security_groups(mut self, groups: Groups) -> Self {
+        self.groups = Some(groups);
+        self
+    }
+
+    /// Gives security groups to a pod. Pods without any are not judged.
+    #[must_use]
+    pub fn groups_of(mut self, pod: &str, list: GroupList) -> Self {
+        self.lists.push((pod.into(), list));
+        self
+    }
+
     /// Makes it all; what an earlier lab of this id has left behind is removed first. On return the fabric forwards,
     /// the ELB checks its backends, and nginx listens in the pods' namespaces, which have no interface yet:
     /// [`Lab::start_agents`] comes next.
@@ -229,9 +249,11 @@ impl LabBuilder {
         let nginx = self.start_nginx(&places, &hosts)?;
         let agents = self.prepare_agents(&places, &hosts)?;
         let listeners = self.vips.iter().map(|vip| self.listener(vip)).collect();
+        let gate = self.start_gate(&fabric, &hosts)?;
         let elb = Elb::start(Arc::clone(&fabric), &hosts.elb.netns, listeners)?;
         Ok(Lab {
             elb,
+            gate,
             agents,
             nginx,
             fabric,
@@ -355,7 +377,7 @@ impl LabBuilder {
             ports.push(port(&node.parent_port, "eth1", &node.netns, node.parent_mac));
         }
         let vips: Vec<Ipv4Addr> = self.vips.iter().map(|vip| vip.ip).collect();
-        let fabric = Fabric::create(places, &ports, self.mtu, self.flow_log, &vips)?;
+        let fabric = Fabric::create(places, &ports, self.mtu, self.flow_log, &vips, self.groups.is_some())?;
         for client in hosts.clients() {
             let flags = if client.ip == OUTSIDE_IP { fabric_ebpf::nic::OUTSIDE } else { 0 };
             fabric.add_nic(&client.name, 0, client.ip, client.mac, None, flags)?;
@@ -424,6 +446,18 @@ impl LabBuilder {
         hosts.nodes.iter().map(prepare).collect()
     }
 
+    fn start_gate(&self, fabric: &Fabric, hosts: &Hosts) -> Result<Option<Gate>> {
+        let Some(groups) = &self.groups else { return Ok(None) };
+        let mut vpc = Vpc::default();
+        vpc.set_groups(groups.clone());
+        for (name, list) in &self.lists {
+            let pod = hosts.pods.iter().find(|pod| pod.name == *name);
+            let pod = pod.ok_or_else(|| Error::Unknown(format!("pod {name}, which is to have groups")))?;
+            vpc.set_member(pod.ip, Membership { groups: list.clone(), revision: 0 });
+        }
+        Gate::open(fabric.netns(), vpc).map(Some)
+    }
+
     fn listener(&self, vip: &VipSpec) -> Listener {
         let behind = |pod: &&PodSpec| vip.backends.is_empty() || vip.backends.contains(&pod.name);
         Listener {
@@ -458,6 +492,7 @@ pub struct Lab {
     elb: Elb,
     agents: Vec<Agent>,
     nginx: Vec<Nginx>,
+    gate: Option<Gate>,
     fabric: Arc<Fabric>,
     hosts: Hosts,
     vips: Vec<SocketAddrV4>,
@@ -480,6 +515,8 @@ impl Lab {
             mtu: 1500,
             flow_log: true,
             host_prefixes: vec!["10.247.0.0/16".into()],
+            groups: None,
+            lists: Vec::new(),
         }
     }
 
@@ -521,6 +558,17 @@ impl Lab {
     /// The load balancer.
     pub fn elb(&self) -> &Elb {
         &self.elb
+    }
+
+    /// The security groups of the VPC.
+    ///
+    /// # Errors
+    ///
+    /// When it was built without any.
+    pub fn security_groups(&self) -> Result<&Gate> {
+        self.gate
+            .as_ref()
+            .ok_or_else(|| Error::Unknown("security groups (`LabBuilder::security_groups`)".into()))
     }
 
     /// All nodes.
@@ -665,8 +713,8 @@ impl Lab {
     ///
     /// When something resists.
     pub fn shutdown(self) -> Result<()> {
-        let Self { elb, agents, nginx, fabric, hosts, remains, .. } = self;
-        drop((elb, agents, nginx, fabric, hosts));
+        let Self { elb, agents, nginx, gate, fabric, hosts, remains, .. } = self;
+        drop((elb, agents, nginx, gate, fabric, hosts));
         remains.finish()
     }
 }
