@@ -4,5 +4,6 @@
 //! The fabric shares no code with the datapath: it is the independent judge of what the datapath sends.
 
 pub mod demo;
+pub mod equivalence;
 pub mod lab;
 pub mod programs;

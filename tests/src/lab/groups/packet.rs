@@ -3,6 +3,8 @@
 
 use std::{fmt, net::Ipv4Addr};
 
+use crate::lab::raw::checksum;
+
 /// TCP flags, as in the header.
 pub mod flag {
     /// No more data.
@@ -113,6 +115,72 @@ impl Packet {
         let Header { src, dst, proto, ident, part, .. } = header;
         Some(Self { src, dst, proto, ident, part, transport })
     }
+}
+
+impl Packet {
+    /// Writes the packet, from the IP header on, with so many bytes behind its headers.
+    pub fn write(&self, more: u16) -> Vec<u8> {
+        let mut body = match self.transport {
+            Transport::Tcp { src, dst, flags } => {
+                let ports = [src.to_be_bytes(), dst.to_be_bytes()].concat();
+                [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]].concat()
+            }
+            Transport::Udp { src, dst } => {
+                [src.to_be_bytes(), dst.to_be_bytes(), (8 + more).to_be_bytes(), [0; 2]].concat()
+            }
+            Transport::Icmp { kind, code, ident, quote } => {
+                let [high, low] = ident.to_be_bytes();
+                let mut message = vec![kind, code, 0, 0, high, low, 0, 0];
+                if let Some(quote) = quote {
+                    message.extend(quote.write());
+                }
+                message
+            }
+            Transport::None => vec![0x20, 0, 0x08, 0, 0, 0, 0, 0],
+        };
+        body.resize(body.len() + usize::from(more), 0x5a);
+        let checksum_at = match self.transport {
+            Transport::Tcp { .. } => Some((16, true)),
+            Transport::Udp { .. } => Some((6, true)),
+            Transport::Icmp { .. } => Some((2, false)),
+            Transport::None => None,
+        };
+        if let (Some((at, pseudo)), Part::Whole) = (checksum_at, self.part) {
+            let [high, low] = (body.len() as u16).to_be_bytes();
+            let ends = [self.src.octets(), self.dst.octets(), [0, self.proto, high, low]].concat();
+            let sum = checksum(&[if pseudo { &ends } else { &[] }, &body]);
+            body[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+        }
+        let fragment = match self.part {
+            Part::Whole => 0,
+            Part::First => 0x2000,
+            Part::Later => 185,
+        };
+        let mut packet = header(self.src, self.dst, self.proto, (self.ident, fragment), body.len());
+        packet.extend(body);
+        packet
+    }
+}
+
+impl Quote {
+    fn write(&self) -> Vec<u8> {
+        let fragment = if self.start.is_some() { 0 } else { 185 };
+        let mut packet = header(self.src, self.dst, self.proto, (1, fragment), 8);
+        packet.extend(self.start.unwrap_or_default());
+        packet
+    }
+}
+
+fn header(src: Ipv4Addr, dst: Ipv4Addr, proto: u8, (ident, fragment): (u16, u16), body: usize) -> Vec<u8> {
+    let mut header = vec![0x45, 0];
+    for word in [20 + body as u16, ident, fragment] {
+        header.extend(word.to_be_bytes());
+    }
+    header.extend([64, proto, 0, 0]);
+    header.extend([src.octets(), dst.octets()].concat());
+    let sum = checksum(&[&header]);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    header
 }
 
 struct Header {

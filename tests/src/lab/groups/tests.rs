@@ -568,7 +568,27 @@ fn an_address_that_another_pod_gets_brings_no_flows_along() {
     assert!(!scene.passes(udp(b(53), a(1))));
 }
 
-// ---- Reading.
+// ---- Reading and writing.
+
+#[test]
+fn packets_are_read_as_they_were_written() {
+    let all = [
+        tcp(a(1), b(80), SYN),
+        udp(a(1), b(53)),
+        icmp(A, B, 8, 9),
+        other(A, B, 47),
+        error(B, A, &udp(a(1), b(53))),
+        error(B, A, &other(A, B, 47)),
+        Packet { part: Part::First, ..udp(a(1), b(53)) },
+        Packet { part: Part::Later, ..packet(A, B, UDP, Transport::None) },
+    ];
+    for packet in all {
+        let bytes = packet.write(16);
+        let read = Packet::read(&bytes).expect("a packet");
+        assert_eq!(read.to_string(), packet.to_string());
+        assert_eq!(read, packet);
+    }
+}
 
 #[test]
 fn packets_are_read_as_the_lab_writes_them() {
