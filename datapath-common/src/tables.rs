@@ -1,10 +1,27 @@
 //! The tables that decisions are made over.
 
-use crate::abi::{Door, Endpoint, Flow, FlowKey, FragmentKey};
+use crate::abi::{
+    Admitted, Door, Endpoint, Flow, FlowKey, FragmentKey, PairKey,
+    policy::{ClassGroups, Page, ProgramRow, VerdictRow},
+};
+
+/// The tables that security groups are compiled to ([`policy`](crate::abi::policy)).
+pub trait Rules {
+    /// The epoch; its lowest bit says which half is in force.
+    fn epoch(&self) -> u32;
+    /// A row of verdicts, by [`class_row`](crate::abi::policy::class_row).
+    fn verdicts(&self, row: u32) -> Option<&VerdictRow>;
+    /// The groups of a class, by [`class_row`](crate::abi::policy::class_row).
+    fn class_groups(&self, row: u32) -> Option<&ClassGroups>;
+    /// A group's programs, by [`program_row`](crate::abi::policy::program_row).
+    fn programs(&self, row: u32) -> Option<&ProgramRow>;
+    /// A page of programs, by [`page_row`](crate::abi::policy::page_row).
+    fn page(&self, row: u32) -> Option<&Page>;
+}
 
 /// The tables as a decision sees them. The kernel programs answer from the BPF maps; the host answers from
 /// in-memory tables (tests) or from the pinned maps (`eniway trace`).
-pub trait Tables {
+pub trait Tables: Rules {
     /// Slot of the pod that has this VLAN id on the parent the program is attached to; 0 = none. `vid` is below 4096.
     fn subeni(&self, vid: u16) -> u32;
     /// Slot of the pod behind a host-side interface; 0 = none.
@@ -31,6 +48,12 @@ pub trait Tables {
     fn forget(&self, key: &FlowKey);
     /// Remembers where the first fragment of a datagram went, and marks its pod.
     fn remember_fragment(&self, key: &FragmentKey, door: Door);
-    /// Whether pod-to-pod traffic on the node may take the fast path.
+    /// A flow that was admitted to the fast path.
+    fn admitted(&self, key: &PairKey) -> Option<&Admitted>;
+    /// Remembers a flow as admitted.
+    fn admit(&self, key: &PairKey, flow: &Admitted);
+    /// Forgets an admitted flow.
+    fn retire(&self, key: &PairKey);
+    /// Whether pod-to-pod traffic on the node may take the fast path at all.
     fn fast_path(&self) -> bool;
 }

@@ -13,13 +13,14 @@ use aya_ebpf::{
 };
 use datapath_common::{
     abi::{
-        CounterRow, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+        Admitted, CounterRow, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
         maps::{
             DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS, MAX_VIPS,
             SLOTS_PER_ENDPOINT, VLANS, VipKey,
         },
+        policy::{ClassGroups, MAX_GROUPS, PAGES, Page, ProgramRow, VerdictRow},
     },
-    tables::Tables,
+    tables::{Rules, Tables},
 };
 
 use crate::config;
@@ -55,6 +56,28 @@ static FLOW_MARK: Array<u32> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0)
 /// Written here by first fragments; read by `pod_egress` and `eni_ingress`; the least recently used entry makes room.
 #[map]
 static FRAGS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(MAX_FRAGS, 0);
+/// Written by the agent, after what it switches to; read by `pod_egress`; lives on.
+#[map]
+static EPOCH: Array<u32> = Array::with_max_entries(1, 0);
+/// Written by the agent in the half that is not in force; read by `pod_egress`; lives until the half is written again.
+#[map]
+static VERDICT: Array<VerdictRow> = Array::with_max_entries(2 * (DEFAULT_ENDPOINTS + 1), 0);
+/// As `VERDICT`.
+#[map]
+static CLASS: Array<ClassGroups> = Array::with_max_entries(2 * (DEFAULT_ENDPOINTS + 1), 0);
+/// As `VERDICT`.
+#[map]
+static PROGRAM: Array<ProgramRow> = Array::with_max_entries(4 * MAX_GROUPS, 0);
+/// As `VERDICT`.
+#[map]
+static RULES: Array<Page> = Array::with_max_entries(2 * PAGES, 0);
+/// Written here when a flow's state changes, flushed by the agent with its pods; read by `pod_egress`; the least recently
+/// used entry makes room.
+#[map]
+static PAIRS: LruHashMap<PairKey, Admitted> = LruHashMap::with_max_entries(DEFAULT_FLOWS, 0);
+/// Whether a pod has, or had, an entry in `PAIRS`. Set here, cleared by the agent with its pod; read by the agent.
+#[map]
+static PAIR_MARK: Array<u32> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
 /// Written here, zeroed by the agent with its pod.
 #[map]
 pub static COUNTERS: PerCpuArray<CounterRow> = PerCpuArray::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
@@ -63,6 +86,33 @@ const BPF_F_NO_PREALLOC: u32 = aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 
 /// The pinned maps as the decisions see them.
 pub struct Kernel;
+
+impl Rules for Kernel {
+    #[inline(always)]
+    fn epoch(&self) -> u32 {
+        EPOCH.get(0).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn verdicts(&self, row: u32) -> Option<&VerdictRow> {
+        VERDICT.get(row)
+    }
+
+    #[inline(always)]
+    fn class_groups(&self, row: u32) -> Option<&ClassGroups> {
+        CLASS.get(row)
+    }
+
+    #[inline(always)]
+    fn programs(&self, row: u32) -> Option<&ProgramRow> {
+        PROGRAM.get(row)
+    }
+
+    #[inline(always)]
+    fn page(&self, row: u32) -> Option<&Page> {
+        RULES.get(row)
+    }
+}
 
 impl Tables for Kernel {
     #[inline(always)]
@@ -112,7 +162,7 @@ impl Tables for Kernel {
     #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<Door> {
         // SAFETY: as above.
-        unsafe { FRAGS.get(key) }.and_then(|fragment| Door::from_u8(fragment.door))
+        unsafe { FRAGS.get(key) }.and_then(|fragment| fragment.door_in(self.epoch()))
     }
 
     #[inline(always)]
@@ -124,7 +174,7 @@ impl Tables for Kernel {
     // A full LRU map makes room by itself; what still fails leaves the flow its default door, as a lost entry does.
     #[inline(always)]
     fn remember(&self, key: &FlowKey, flow: &Flow) {
-        mark(key.id);
+        mark(&FLOW_MARK, key.id);
         let _ = FLOWS.insert(key, flow, 0);
     }
 
@@ -135,8 +185,28 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn remember_fragment(&self, key: &FragmentKey, door: Door) {
-        mark(key.id);
-        let _ = FRAGS.insert(key, &Fragment { door: door as u8, pad: [0; 3] }, 0);
+        mark(&FLOW_MARK, key.id);
+        let fragment = Fragment { door: door as u8, pad: [0; 3], epoch: self.epoch() };
+        let _ = FRAGS.insert(key, &fragment, 0);
+    }
+
+    #[inline(always)]
+    fn admitted(&self, key: &PairKey) -> Option<&Admitted> {
+        // SAFETY: as for `flow`; an entry that is reused under us is at worst another flow that was allowed in some epoch,
+        // and this one packet passes for it.
+        unsafe { PAIRS.get(key) }
+    }
+
+    #[inline(always)]
+    fn admit(&self, key: &PairKey, flow: &Admitted) {
+        mark(&PAIR_MARK, key.low);
+        mark(&PAIR_MARK, key.high);
+        let _ = PAIRS.insert(key, flow, 0);
+    }
+
+    #[inline(always)]
+    fn retire(&self, key: &PairKey) {
+        let _ = PAIRS.remove(key);
     }
 
     #[inline(always)]
@@ -146,8 +216,8 @@ impl Tables for Kernel {
 }
 
 #[inline(always)]
-fn mark(id: u32) {
-    if let Some(mark) = FLOW_MARK.get_ptr_mut(id) {
+fn mark(marks: &Array<u32>, id: u32) {
+    if let Some(mark) = marks.get_ptr_mut(id) {
         // SAFETY: the pointer is valid for the program's run (an array map's entries are never freed); every writer stores
         // the same aligned word.
         unsafe { mark.write(1) }

@@ -5,7 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use datapath_common::abi::maps::{DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_PARENTS};
+use datapath_common::abi::{
+    maps::{DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_PARENTS},
+    policy::CLASSES,
+};
 use eniway_ipam::rpc::Address;
 use ipnet::Ipv4Net;
 use serde::Deserialize;
@@ -82,11 +85,13 @@ pub struct Config {
 
 /// Which pod-to-pod traffic on the node takes the fast path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum FastPath {
     /// None: everything goes out on the source's VLAN and comes back on the destination's.
-    #[default]
     Off,
+    /// What security groups allow.
+    #[default]
+    SecurityGroups,
     /// All of it, whatever the security groups say.
     All,
 }
@@ -96,6 +101,7 @@ impl FastPath {
     pub fn name(self) -> &'static str {
         match self {
             Self::Off => "off",
+            Self::SecurityGroups => "security-groups",
             Self::All => "all",
         }
     }
@@ -210,6 +216,13 @@ pub struct Limits {
     pub endpoints: u32,
     /// Remembered flows.
     pub flows: u32,
+}
+
+impl Limits {
+    /// Classes of pods that security groups are compiled for, the 0 of "cannot be judged" included.
+    pub fn classes(&self) -> u32 {
+        (self.endpoints + 1).min(CLASSES as u32)
+    }
 }
 
 impl Default for Limits {

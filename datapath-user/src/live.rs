@@ -13,11 +13,12 @@ use std::{
 
 use datapath_common::{
     abi::{
-        Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin,
+        Admitted, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin, PairKey,
         maps::{self, host_dst},
+        policy::{ClassGroups, Page, ProgramRow, VerdictRow},
     },
     packet::ipv4::{ICMP, TCP, UDP},
-    tables::Tables,
+    tables::{Rules, Tables},
 };
 use serde::Serialize;
 
@@ -44,6 +45,7 @@ pub struct LiveTables {
     records: Vec<OnceCell<Option<Endpoint>>>,
     /// Flows that were handed out, for the same reason.
     handed_out: List<Flow>,
+    rules: LiveRules,
     /// Index of the parent that the program in question is attached to.
     parent: Cell<u16>,
     steps: RefCell<Vec<Step>>,
@@ -64,6 +66,7 @@ impl LiveTables {
             names,
             records,
             handed_out: List::default(),
+            rules: LiveRules::default(),
             parent: Cell::new(0),
             steps: RefCell::default(),
             failure: RefCell::default(),
@@ -149,9 +152,53 @@ impl LiveTables {
         slot
     }
 
+    fn pair_name(&self, key: &PairKey) -> String {
+        let end = |id, port| format!("{}:{port}", self.name(id));
+        let (low, high) = (end(key.low, key.low_port), end(key.high, key.high_port));
+        format!("{} between {low} and {high}", proto_name(key.proto))
+    }
+
     fn flow_name(&self, key: &FlowKey) -> String {
         let (proto, remote, pod) = (proto_name(key.proto), Ipv4Addr::from(key.remote), self.name(key.id));
         format!("{proto} {remote}:{} with {pod}:{}", key.remote_port, key.local_port)
+    }
+}
+
+/// What was read of the security groups' tables: decisions hold on to it.
+#[derive(Default)]
+struct LiveRules {
+    epoch: OnceCell<u32>,
+    verdicts: List<VerdictRow>,
+    classes: List<ClassGroups>,
+    programs: List<ProgramRow>,
+    pages: List<Page>,
+    admitted: List<Admitted>,
+    pairs: RefCell<HashMap<PairKey, Option<Admitted>>>,
+}
+
+impl Rules for LiveTables {
+    fn epoch(&self) -> u32 {
+        *self.rules.epoch.get_or_init(|| self.answer(self.maps.policy.epoch()))
+    }
+
+    fn verdicts(&self, row: u32) -> Option<&VerdictRow> {
+        let value = self.answer(self.maps.policy.verdicts(row).map(Some))?;
+        Some(self.rules.verdicts.push(value))
+    }
+
+    fn class_groups(&self, row: u32) -> Option<&ClassGroups> {
+        let value = self.answer(self.maps.policy.class_groups(row).map(Some))?;
+        Some(self.rules.classes.push(value))
+    }
+
+    fn programs(&self, row: u32) -> Option<&ProgramRow> {
+        let value = self.answer(self.maps.policy.programs(row).map(Some))?;
+        Some(self.rules.programs.push(value))
+    }
+
+    fn page(&self, row: u32) -> Option<&Page> {
+        let value = self.answer(self.maps.policy.page(row).map(Some))?;
+        Some(self.rules.pages.push(value))
     }
 }
 
@@ -226,7 +273,7 @@ impl Tables for LiveTables {
         let known = self.fragments.borrow().get(key).copied();
         let door = known.or_else(|| {
             let fragment: Option<Fragment> = self.answer(self.maps.fragment(key));
-            Door::from_u8(fragment?.door)
+            fragment?.door_in(self.epoch())
         });
         self.step(maps::FRAGS, fragment_name(key), door.map_or("none", Door::name));
         door
@@ -260,6 +307,33 @@ impl Tables for LiveTables {
         self.step(maps::FRAGS, fragment_name(key), answer);
         self.fragments.borrow_mut().insert(*key, door);
         self.marks.borrow_mut().insert(key.id);
+    }
+
+    fn admitted(&self, key: &PairKey) -> Option<&Admitted> {
+        let known = self.rules.pairs.borrow().get(key).copied();
+        let flow = known.unwrap_or_else(|| self.answer(self.maps.policy.pair(key)));
+        let answer = match &flow {
+            None => "not admitted".to_owned(),
+            Some(flow) if !flow.alive(key.proto, self.now()) => {
+                "admitted, but silent for too long".to_owned()
+            }
+            Some(flow) if flow.epoch != self.epoch() => {
+                format!("admitted, opened by {}, by rules that changed since", self.name(flow.opener))
+            }
+            Some(flow) => format!("admitted, opened by {}", self.name(flow.opener)),
+        };
+        self.step(maps::PAIRS, self.pair_name(key), answer);
+        flow.map(|flow| self.rules.admitted.push(flow))
+    }
+
+    fn admit(&self, key: &PairKey, flow: &Admitted) {
+        self.step(maps::PAIRS, self.pair_name(key), "to be admitted, or brought up to date");
+        self.rules.pairs.borrow_mut().insert(*key, Some(*flow));
+    }
+
+    fn retire(&self, key: &PairKey) {
+        self.step(maps::PAIRS, self.pair_name(key), "to be forgotten: rules do not allow it any more");
+        self.rules.pairs.borrow_mut().insert(*key, None);
     }
 
     fn fast_path(&self) -> bool {

@@ -106,7 +106,7 @@ pub fn open(constants: Constants, limits: &Limits, pins: Option<&Pins>) -> Resul
     if bpf_build::is_stub(OBJECT) {
         return Err(ObjectError::Stub);
     }
-    let fast_path = u8::from(constants.fast_path == FastPath::All);
+    let fast_path = u8::from(constants.fast_path != FastPath::Off);
     let parent = u32::from(constants.parent);
     let xdp_redirect = u8::from(constants.xdp == config::Xdp::Redirect);
     let layouts = layouts(limits);

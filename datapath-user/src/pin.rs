@@ -17,8 +17,9 @@ use aya::{
     sys::SyscallError,
 };
 use datapath_common::abi::{
-    self, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+    self, Admitted, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
     maps::{self, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS, MAX_VIPS, SLOTS_PER_ENDPOINT, VLANS, VipKey},
+    policy::{ClassGroups, MAX_GROUPS, PAGES, Page, ProgramRow, VerdictRow},
 };
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
@@ -149,6 +150,13 @@ pub fn layouts(limits: &Limits) -> [(&'static str, MapLayout); maps::ALL.len()] 
         (maps::FLOW_MARK, layout::<u32, u32>(MapType::Array, pods + 1)),
         (maps::FRAGS, layout::<FragmentKey, Fragment>(MapType::LruHash, MAX_FRAGS)),
         (maps::COUNTERS, layout::<u32, CounterRow>(MapType::PerCpuArray, pods + 1)),
+        (maps::EPOCH, layout::<u32, u32>(MapType::Array, 1)),
+        (maps::VERDICT, layout::<u32, VerdictRow>(MapType::Array, 2 * limits.classes())),
+        (maps::CLASS, layout::<u32, ClassGroups>(MapType::Array, 2 * limits.classes())),
+        (maps::PROGRAM, layout::<u32, ProgramRow>(MapType::Array, 4 * MAX_GROUPS)),
+        (maps::RULES, layout::<u32, Page>(MapType::Array, 2 * PAGES)),
+        (maps::PAIRS, layout::<PairKey, Admitted>(MapType::LruHash, limits.flows)),
+        (maps::PAIR_MARK, layout::<u32, u32>(MapType::Array, pods + 1)),
     ]
 }
 

@@ -54,16 +54,7 @@
 //! the flow is over. (The VPC is documented to do so for flows that came in; for flows that went out it may go on as
 //! long as they live. A flow that ends here goes on by the wire, where the VPC has its say.)
 
+pub mod compile;
 pub mod model;
 
-/// Idle times after which a flow is over, in seconds.
-pub mod timeout {
-    /// TCP, both directions seen (RFC 5382, REQ-5: no less than 2 hours 4 minutes).
-    pub const TCP_ESTABLISHED: u32 = 7_440;
-    /// TCP, one direction seen only, or a FIN or an RST seen (RFC 5382, REQ-5: no less than 4 minutes).
-    pub const TCP_TRANSITORY: u32 = 240;
-    /// UDP (RFC 4787, REQ-5: no less than 2 minutes), and protocols without ports.
-    pub const UDP: u32 = 180;
-    /// ICMP queries (RFC 5508, REQ-2: no less than 60 seconds).
-    pub const ICMP: u32 = 60;
-}
+pub use datapath_common::abi::policy::timeout;

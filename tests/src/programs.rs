@@ -11,7 +11,7 @@ use aya::{
     programs::{ProgramError, ProgramFd, SchedClassifier, TestRunResult, Xdp},
 };
 use datapath_common::{
-    abi::{Direction, Fragment, Outcome},
+    abi::{Direction, Outcome},
     packet::link::Tag,
     testing::MemoryTables,
 };
@@ -261,8 +261,11 @@ impl Programs {
         for (key, flow) in &node.flows {
             self.maps.set_flow(key, flow)?;
         }
-        for (key, door) in &node.fragments {
-            self.maps.set_fragment(key, &Fragment { door: *door as u8, pad: [0; 3] })?;
+        for (key, fragment) in &node.fragments {
+            self.maps.set_fragment(key, fragment)?;
+        }
+        for (key, flow) in &node.pairs {
+            self.maps.policy.set_pair(key, flow)?;
         }
         Ok(())
     }

@@ -10,10 +10,12 @@ use std::{
 };
 
 use datapath_common::abi::{
-    self, Counter, CounterRow, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin,
-    Outcome,
+    self, Admitted, Counter, CounterRow, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+    Origin, Outcome, PairKey,
+    endpoint::flag,
     maps::{self, VipKey, host_dst},
     outcome::OUTCOMES,
+    policy::{ALLOW, ClassGroups, DENY, NOTHING, Page, ProgramRow, State, Verdict, VerdictRow},
 };
 
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/abi.txt");
@@ -67,7 +69,13 @@ fn snapshot() -> String {
     layout!(out, FlowKey { id, remote, remote_port, local_port, proto, pad });
     layout!(out, Flow { door, origin, pad, seen });
     layout!(out, FragmentKey { src, dst, id, ident, proto, pad });
-    layout!(out, Fragment { door, pad });
+    layout!(out, Fragment { door, pad, epoch });
+    layout!(out, VerdictRow { verdicts });
+    layout!(out, ClassGroups { groups });
+    layout!(out, ProgramRow { programs });
+    layout!(out, Page { words });
+    layout!(out, PairKey { low, high, low_port, high_port, proto, query, pad });
+    layout!(out, Admitted { epoch, seen, opener, state, code, pad });
     layout!(out, VipKey { addr, port, proto, pad });
     layout!(out, Counter { packets, bytes });
     layout!(out, CounterRow { counters });
@@ -87,6 +95,17 @@ fn snapshot() -> String {
             host_dst::SERVICE
         ),
     );
+    line(
+        out,
+        format_args!("endpoint flags: off {}, groups {}, observe {}", flag::OFF, flag::GROUPS, flag::OBSERVE),
+    );
+    for verdict in Verdict::ALL {
+        line(out, format_args!("verdict {}: {}", verdict as u8, verdict.name()));
+    }
+    line(out, format_args!("a group says: nothing {NOTHING}, deny {DENY}, allow {ALLOW}"));
+    for state in [State::New, State::Established, State::Closing] {
+        line(out, format_args!("state {}: {state:?}", state as u8));
+    }
     line(out, format_args!("mark of a packet to a Service: {:#x}", maps::SERVICE_MARK));
     for door in [Door::Wire, Door::Local, Door::Host] {
         line(out, format_args!("door {}: {}", door as u8, door.name()));

@@ -20,7 +20,7 @@ type Budget = BTreeMap<String, BTreeMap<String, u32>>;
 
 fn configurations() -> Vec<Constants> {
     let mut all = vec![];
-    for fast_path in [FastPath::Off, FastPath::All] {
+    for fast_path in [FastPath::Off, FastPath::SecurityGroups] {
         for xdp in [Xdp::Guard, Xdp::Redirect] {
             for parent in [0, maps::MAX_PARENTS as u16 - 1] {
                 all.push(Constants { fast_path, parent, xdp });
@@ -34,7 +34,7 @@ fn configurations() -> Vec<Constants> {
 fn label(hook: Hook, constants: Constants) -> String {
     match (hook, constants.fast_path, constants.xdp) {
         (Hook::PodEgress, FastPath::Off, _) => "pod_egress fast_path=off".to_owned(),
-        (Hook::PodEgress, FastPath::All, _) => "pod_egress fast_path=all".to_owned(),
+        (Hook::PodEgress, _, _) => "pod_egress".to_owned(),
         (Hook::EniXdp, _, Xdp::Redirect) => "eni_xdp xdp=redirect".to_owned(),
         (Hook::EniXdp, _, _) => "eni_xdp xdp=guard".to_owned(),
         _ => hook.name().to_owned(),

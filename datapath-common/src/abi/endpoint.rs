@@ -2,6 +2,16 @@
 
 use core::mem::{offset_of, size_of};
 
+/// Bits of [`Endpoint::flags`]. What stands for either pod of a pair holds for the pair.
+pub mod flag {
+    /// No traffic of the pod takes the fast path.
+    pub const OFF: u32 = 1;
+    /// Traffic of the pod takes the fast path where security groups allow it.
+    pub const GROUPS: u32 = 2;
+    /// What security groups would say of the pod's traffic is counted, and not done.
+    pub const OBSERVE: u32 = 4;
+}
+
 /// Everything the datapath knows of a pod's sub-ENI: the value of map `ENDPOINT`, found by slot.
 ///
 /// A record is written before any index map points at its slot and never changes while one does; a change takes a
@@ -20,9 +30,9 @@ pub struct Endpoint {
     pub ifindex: u32,
     /// Interface index of the parent ENI.
     pub parent_ifindex: u32,
-    /// Set of security groups, as numbered by the agent; 0 = none given.
+    /// Class of pods whose security groups make them alike ([`policy`](super::policy)); 0 = cannot be judged here.
     pub policy_id: u32,
-    /// Reserved, 0.
+    /// [`flag`]s.
     pub flags: u32,
     /// The pod's address.
     pub ipv4: [u8; 4],

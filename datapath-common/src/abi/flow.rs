@@ -130,6 +130,19 @@ pub struct Fragment {
     pub door: u8,
     /// Zero.
     pub pad: [u8; 3],
+    /// The [epoch](super::policy) in which the first fragment was judged.
+    pub epoch: u32,
 }
 
-const _: () = assert!(size_of::<Fragment>() == 4);
+const _: () = assert!(size_of::<Fragment>() == 8);
+
+impl Fragment {
+    /// The way that later fragments take: what was judged by rules of another epoch is left to the wire.
+    #[inline(always)]
+    pub const fn door_in(&self, epoch: u32) -> Option<Door> {
+        match Door::from_u8(self.door) {
+            Some(Door::Local) if self.epoch != epoch => Some(Door::Wire),
+            door => door,
+        }
+    }
+}

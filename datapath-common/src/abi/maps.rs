@@ -25,11 +25,32 @@ pub const FRAGS: &str = "FRAGS";
 /// Packets and bytes. Per-CPU array by endpoint id (0 = no pod) of [`CounterRow`](super::CounterRow).
 pub const COUNTERS: &str = "COUNTERS";
 
-/// All maps, in the order of creation.
-pub const ALL: [&str; 11] =
-    [ENDPOINT, SUBENI, POD_IF, POD_IP4, POD_IP6, HOST_DST, VIPS, FLOWS, FLOW_MARK, FRAGS, COUNTERS];
+/// Epoch of the security groups' tables. Array with one `u32`: its lowest bit says which half is in force.
+pub const EPOCH: &str = "EPOCH";
+/// Verdicts. Array by [`class_row`](super::policy::class_row) of [`VerdictRow`](super::policy::VerdictRow).
+pub const VERDICT: &str = "VERDICT";
+/// Groups of classes. Array by [`class_row`](super::policy::class_row) of
+/// [`ClassGroups`](super::policy::ClassGroups).
+pub const CLASS: &str = "CLASS";
+/// Where programs begin. Array by [`program_row`](super::policy::program_row) of
+/// [`ProgramRow`](super::policy::ProgramRow).
+pub const PROGRAM: &str = "PROGRAM";
+/// Programs. Array by [`page_row`](super::policy::page_row) of [`Page`](super::policy::Page).
+pub const RULES: &str = "RULES";
+/// Flows admitted to the fast path. LRU hash, [`PairKey`](super::PairKey) → [`Admitted`](super::Admitted).
+pub const PAIRS: &str = "PAIRS";
 
-/// Load-time constant (`u8`): 1 = pod-to-pod traffic on the node takes the fast path, 0 = everything hairpins.
+/// Whether a pod has, or had, an entry in `PAIRS`. Array by endpoint id of `u32`, 0 or 1.
+pub const PAIR_MARK: &str = "PAIR_MARK";
+
+/// All maps, in the order of creation.
+pub const ALL: [&str; 18] = [
+    ENDPOINT, SUBENI, POD_IF, POD_IP4, POD_IP6, HOST_DST, VIPS, FLOWS, FLOW_MARK, FRAGS, COUNTERS, EPOCH,
+    VERDICT, CLASS, PROGRAM, RULES, PAIRS, PAIR_MARK,
+];
+
+/// Load-time constant (`u8`): 1 = pod-to-pod traffic on the node takes the fast path as far as the pods'
+/// [`flag`](super::endpoint::flag)s and security groups let it, 0 = everything hairpins.
 pub const FAST_PATH: &str = "FAST_PATH";
 /// Load-time constant (`u32`): index of the parent ENI that the programs are attached to.
 pub const PARENT_INDEX: &str = "PARENT_INDEX";

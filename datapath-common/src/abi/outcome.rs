@@ -71,6 +71,25 @@ outcomes! {
     /// A packet did not fit the MTU of its destination pod and took the wire.
     TooBigForLocal = 10, "too-big-for-local", Remark;
 
+    /// The first packet of a flow was judged by security groups; the flow was admitted to the fast path.
+    FlowAdmitted = 37, "flow-admitted", Remark;
+    /// A packet in the middle of a connection found no state of it; it was judged as a first one, and admitted.
+    FlowReadmitted = 38, "flow-readmitted", Remark;
+    /// Hairpin: the pods' security groups cannot be judged on the node, so the VPC decides.
+    PolicyWire = 39, "policy-wire", Remark;
+    /// Hairpin: security groups do not allow the packet; the VPC refuses it, and logs.
+    PolicyRefused = 40, "policy-refused", Remark;
+    /// Hairpin: a packet in the middle of a connection found no state of it, and may not open one.
+    PolicyNoFlow = 41, "policy-no-flow", Remark;
+    /// Hairpin: the flow was admitted once, and is not allowed any more.
+    PolicyRevoked = 42, "policy-revoked", Remark;
+    /// Observed only: security groups would let the packet take the fast path.
+    WouldFast = 43, "would-fast", Remark;
+    /// Observed only: the packet would hairpin, because the pods' security groups cannot be judged on the node.
+    WouldWire = 44, "would-wire", Remark;
+    /// Observed only: the packet would hairpin, because security groups do not allow it.
+    WouldRefuse = 45, "would-refuse", Remark;
+
     /// The frame ends before its headers do, or could not be rewritten.
     Truncated = 16, "truncated", Drop;
     /// The IPv4 header contradicts itself or the frame: version, header length or total length.

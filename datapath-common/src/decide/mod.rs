@@ -9,6 +9,7 @@ pub mod eni_egress;
 pub mod eni_ingress;
 pub mod pod_egress;
 pub mod pod_ingress;
+pub mod policy;
 #[cfg(test)]
 mod tests;
 

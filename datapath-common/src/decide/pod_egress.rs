@@ -9,7 +9,7 @@
 use super::{
     Decision,
     door::{arrival, fragment_key, lead, outbound_key, recall, refresh},
-    same, same_mac,
+    policy, same, same_mac,
 };
 use crate::{
     abi::{Door, Endpoint, Origin, Outcome, maps::host_dst},
@@ -129,8 +129,10 @@ fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) 
         Some(Door::Wire) => Outcome::Wire,
         // Fragments only: no flow is remembered by this door.
         Some(Door::Local) => match tables.endpoint(tables.pod_by_ipv4(ip.dst)) {
-            Some(to) => return Decision { to: Some(to), ..Decision::new(Outcome::Local, pod) },
-            None => Outcome::Wire,
+            Some(to) if policy::may_follow(tables, pod, to) => {
+                return Decision { to: Some(to), ..Decision::new(Outcome::Local, pod) };
+            }
+            _ => Outcome::Wire,
         },
         None => {
             let later = matches!(ip.part, Part::Later);
@@ -180,13 +182,21 @@ fn local<'t, T: Tables>(
     let allowed = tables.fast_path() && to.id != pod.id;
     // The wire answers this one with "fragmentation needed".
     let too_big = size > u32::from(to.mtu);
-    if !allowed || too_big {
+    let ruling = if !allowed {
+        policy::WIRE
+    } else if too_big {
+        policy::Ruling { fast: false, remark: Some(Outcome::TooBigForLocal) }
+    } else {
+        policy::rule(tables, pod, to, ip)
+    };
+    let remark = ruling.remark;
+    if !ruling.fast {
         lead(tables, pod, ip, Door::Wire);
-        let remark = if allowed { Some(Outcome::TooBigForLocal) } else { None };
         return Decision { remark, ..Decision::new(Outcome::Wire, pod) };
     }
     lead(tables, pod, ip, Door::Local);
-    let remark = arrival(tables, to, ip, Door::Local, Door::Local);
+    // Never a remark: by the default door nothing is remembered.
+    let _ = arrival(tables, to, ip, Door::Local, Door::Local);
     Decision { remark, to: Some(to), ..Decision::new(Outcome::Local, pod) }
 }
 

@@ -19,6 +19,10 @@ pub const ROUTER_ADVERTISEMENT: u8 = 9;
 
 const TCP_DATA_OFFSET: usize = 12;
 const TCP_FLAGS: usize = 13;
+/// TCP flag: the sender has no more to send.
+pub const FIN: u8 = 0x01;
+/// TCP flag: the connection is void.
+pub const RST: u8 = 0x04;
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 const SYN_ACK: u8 = SYN | ACK;
@@ -35,12 +39,20 @@ pub struct L4 {
     pub proto: u8,
     /// ICMP type; 0 for other protocols.
     pub icmp_type: u8,
+    /// ICMP code; 0 for other protocols.
+    pub icmp_code: u8,
+    /// TCP's [`FIN`] and [`RST`], as far as they are set; 0 for other protocols.
+    pub ends: u8,
     /// Length of the TCP or UDP header in bytes; 0 for other protocols.
     pub header_len: u32,
     /// What the packet is to its flow.
     pub role: Role,
     /// Of ICMP errors: where the packet that the error is about was going. Routers report, too.
     pub about: [u8; 4],
+    /// Of ICMP errors: who had sent that packet.
+    pub quoted_src: [u8; 4],
+    /// Of ICMP errors about ICMP: the type of that packet.
+    pub quoted_type: u8,
 }
 
 /// What a packet is to the flow it belongs to.
@@ -65,9 +77,13 @@ impl L4 {
         dst_port: 0,
         proto: 0,
         icmp_type: 0,
+        icmp_code: 0,
+        ends: 0,
         header_len: 0,
         role: Role::Continues,
         about: [0; 4],
+        quoted_src: [0; 4],
+        quoted_type: 0,
     };
 }
 
@@ -97,7 +113,8 @@ pub(super) fn parse<F: Frame + ?Sized>(frame: &F, offset: usize, proto: u8) -> R
                 _ => Role::Continues,
             };
             let header_len = u32::from(header[TCP_DATA_OFFSET] >> 4) * 4;
-            Ok(L4 { role, header_len, ..ports([header[0], header[1], header[2], header[3]], proto) })
+            let ends = header[TCP_FLAGS] & (FIN | RST);
+            Ok(L4 { role, ends, header_len, ..ports([header[0], header[1], header[2], header[3]], proto) })
         }
         UDP => {
             let header: [u8; 8] = frame.load(offset).ok_or(Outcome::Truncated)?;
@@ -115,12 +132,12 @@ pub(super) fn parse<F: Frame + ?Sized>(frame: &F, offset: usize, proto: u8) -> R
 #[inline(always)]
 fn icmp<F: Frame + ?Sized>(frame: &F, offset: usize) -> Result<L4, Outcome> {
     let header: [u8; 8] = frame.load(offset).ok_or(Outcome::Truncated)?;
-    let icmp_type = header[0];
+    let (icmp_type, icmp_code) = (header[0], header[1]);
     let identifier = u16::from_be_bytes([header[4], header[5]]);
     match icmp_type {
         // Destination unreachable, source quench, time exceeded, parameter problem: the packet's own header follows.
         3 | 4 | 11 | 12 => {
-            Ok(L4 { icmp_type, role: Role::Reports, ..reported(frame, offset + header.len()) })
+            Ok(L4 { icmp_type, icmp_code, role: Role::Reports, ..reported(frame, offset + header.len()) })
         }
         // Echo, timestamp, information: both directions carry the same identifier.
         ECHO_REPLY | ECHO_REQUEST | 13..=16 => Ok(L4 {
@@ -128,10 +145,11 @@ fn icmp<F: Frame + ?Sized>(frame: &F, offset: usize) -> Result<L4, Outcome> {
             dst_port: identifier,
             proto: ICMP,
             icmp_type,
+            icmp_code,
             role: Role::Either,
             ..L4::NONE
         }),
-        _ => Ok(L4 { proto: ICMP, icmp_type, role: Role::Either, ..L4::NONE }),
+        _ => Ok(L4 { proto: ICMP, icmp_type, icmp_code, role: Role::Either, ..L4::NONE }),
     }
 }
 
@@ -143,10 +161,10 @@ fn reported<F: Frame + ?Sized>(frame: &F, offset: usize) -> L4 {
     let Some(start) = frame.load::<[u8; 8]>(offset + len) else { return L4::NONE };
     let l4 = match inner.proto {
         TCP | UDP => ports([start[2], start[3], start[0], start[1]], inner.proto),
-        ICMP => ports([start[4], start[5], start[4], start[5]], ICMP),
+        ICMP => L4 { quoted_type: start[0], ..ports([start[4], start[5], start[4], start[5]], ICMP) },
         proto => L4 { proto, ..L4::NONE },
     };
-    L4 { about: inner.dst_addr, ..l4 }
+    L4 { about: inner.dst_addr, quoted_src: inner.src_addr, ..l4 }
 }
 
 #[inline(always)]

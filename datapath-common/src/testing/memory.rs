@@ -7,8 +7,12 @@ use std::{
 };
 
 use crate::{
-    abi::{Door, Endpoint, Flow, FlowKey, FragmentKey},
-    tables::Tables,
+    abi::{
+        Admitted, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+        policy::{ClassGroups, Page, ProgramRow, VerdictRow},
+    },
+    tables::{Rules, Tables},
+    testing::MemoryRules,
 };
 
 /// What a decision changed.
@@ -20,6 +24,10 @@ pub enum Change {
     Forget(FlowKey),
     /// The first fragment of a datagram was remembered.
     Fragment(FragmentKey, Door),
+    /// A flow was admitted to the fast path, or its entry written again.
+    Admit(PairKey, Admitted),
+    /// An admitted flow was forgotten.
+    Retire(PairKey),
 }
 
 /// Tables in memory. Decisions leave them as they are and note what they change; [`MemoryTables::settle`] carries it out.
@@ -42,7 +50,11 @@ pub struct MemoryTables {
     /// Remembered flows.
     pub flows: HashMap<FlowKey, Flow>,
     /// First fragments.
-    pub fragments: HashMap<FragmentKey, Door>,
+    pub fragments: HashMap<FragmentKey, Fragment>,
+    /// Flows admitted to the fast path.
+    pub pairs: HashMap<PairKey, Admitted>,
+    /// Security groups.
+    pub rules: MemoryRules,
     /// The clock.
     pub now: u32,
     /// Whether there is a fast path.
@@ -90,7 +102,14 @@ impl MemoryTables {
                 }
                 Change::Fragment(key, door) => {
                     self.marks.insert(key.id);
-                    self.fragments.insert(key, door);
+                    let epoch = self.rules.epoch;
+                    self.fragments.insert(key, Fragment { door: door as u8, pad: [0; 3], epoch });
+                }
+                Change::Admit(key, flow) => {
+                    self.pairs.insert(key, flow);
+                }
+                Change::Retire(key) => {
+                    self.pairs.remove(&key);
                 }
             }
         }
@@ -100,6 +119,28 @@ impl MemoryTables {
     /// A decision that reads what it has just written would see the old value here and the new one in the kernel.
     fn check_unchanged(&self, is_it: impl Fn(&Change) -> bool) {
         assert!(!self.changes.borrow().iter().any(is_it), "read after write within one decision");
+    }
+}
+
+impl Rules for MemoryTables {
+    fn epoch(&self) -> u32 {
+        self.rules.epoch
+    }
+
+    fn verdicts(&self, row: u32) -> Option<&VerdictRow> {
+        self.rules.verdicts(row)
+    }
+
+    fn class_groups(&self, row: u32) -> Option<&ClassGroups> {
+        self.rules.class_groups(row)
+    }
+
+    fn programs(&self, row: u32) -> Option<&ProgramRow> {
+        self.rules.programs(row)
+    }
+
+    fn page(&self, row: u32) -> Option<&Page> {
+        self.rules.page(row)
     }
 }
 
@@ -143,14 +184,14 @@ impl Tables for MemoryTables {
     fn flow(&self, key: &FlowKey) -> Option<&Flow> {
         self.check_unchanged(|change| match change {
             Change::Remember(changed, _) | Change::Forget(changed) => changed == key,
-            Change::Fragment(..) => false,
+            _ => false,
         });
         self.flows.get(key)
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<Door> {
         self.check_unchanged(|change| matches!(change, Change::Fragment(changed, _) if changed == key));
-        self.fragments.get(key).copied()
+        self.fragments.get(key).and_then(|fragment| fragment.door_in(self.rules.epoch))
     }
 
     fn now(&self) -> u32 {
@@ -167,6 +208,22 @@ impl Tables for MemoryTables {
 
     fn remember_fragment(&self, key: &FragmentKey, door: Door) {
         self.changes.borrow_mut().push(Change::Fragment(*key, door));
+    }
+
+    fn admitted(&self, key: &PairKey) -> Option<&Admitted> {
+        self.check_unchanged(|change| match change {
+            Change::Admit(changed, _) | Change::Retire(changed) => changed == key,
+            _ => false,
+        });
+        self.pairs.get(key)
+    }
+
+    fn admit(&self, key: &PairKey, flow: &Admitted) {
+        self.changes.borrow_mut().push(Change::Admit(*key, *flow));
+    }
+
+    fn retire(&self, key: &PairKey) {
+        self.changes.borrow_mut().push(Change::Retire(*key));
     }
 
     fn fast_path(&self) -> bool {

@@ -2,9 +2,11 @@
 
 pub mod memory;
 pub mod packet;
+pub mod rules;
 
 pub use memory::{Change, MemoryTables};
 pub use packet::Packet;
+pub use rules::MemoryRules;
 
 use crate::abi::{Endpoint, maps::host_dst};
 

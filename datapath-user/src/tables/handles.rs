@@ -11,12 +11,13 @@ use aya::{
     util::nr_cpus,
 };
 use datapath_common::abi::{
-    CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
+    Admitted, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
     maps::{self, SLOTS_PER_ENDPOINT, VLANS, VipKey},
+    policy::{ClassGroups, Page, ProgramRow, VerdictRow},
 };
 use ipnet::Ipv4Net;
 
-use super::{Index, Live, TablesError, errno};
+use super::{Index, Live, PolicyMaps, TablesError, errno};
 use crate::{
     config::{Limits, MAX_FLOWS},
     pin::{MapLayout, Pins},
@@ -25,7 +26,7 @@ use crate::{
 /// An ABI type in a map. `aya::Pod` and the ABI types are both foreign to this crate.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
-struct Raw<T>(T);
+pub(super) struct Raw<T>(pub(super) T);
 
 macro_rules! raw {
     ($($abi:ty),+) => { $(
@@ -34,6 +35,7 @@ macro_rules! raw {
     )+ };
 }
 raw!(Endpoint, FlowKey, Flow, FragmentKey, Fragment, VipKey, CounterRow);
+raw!(VerdictRow, ClassGroups, ProgramRow, Page, PairKey, Admitted);
 
 /// Handles to all maps.
 pub struct Maps {
@@ -48,14 +50,16 @@ pub struct Maps {
     flow_mark: Array<MapData, u32>,
     frags: HashMap<MapData, Raw<FragmentKey>, Raw<Fragment>>,
     counters: PerCpuArray<MapData, Raw<CounterRow>>,
+    /// Security groups.
+    pub policy: PolicyMaps,
     cpus: usize,
 }
 
-fn failed(map: &'static str, action: &'static str) -> impl FnOnce(MapError) -> TablesError {
+pub(super) fn failed(map: &'static str, action: &'static str) -> impl FnOnce(MapError) -> TablesError {
     move |source| TablesError::Map { map, action, source }
 }
 
-fn found<T>(map: &'static str, result: Result<T, MapError>) -> Result<Option<T>, TablesError> {
+pub(super) fn found<T>(map: &'static str, result: Result<T, MapError>) -> Result<Option<T>, TablesError> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(MapError::KeyNotFound) => Ok(None),
@@ -63,7 +67,7 @@ fn found<T>(map: &'static str, result: Result<T, MapError>) -> Result<Option<T>,
     }
 }
 
-fn gone(map: &'static str, result: Result<(), MapError>) -> Result<bool, TablesError> {
+pub(super) fn gone(map: &'static str, result: Result<(), MapError>) -> Result<bool, TablesError> {
     match result {
         Ok(()) => Ok(true),
         Err(MapError::KeyNotFound) => Ok(false),
@@ -73,7 +77,7 @@ fn gone(map: &'static str, result: Result<(), MapError>) -> Result<bool, TablesE
 }
 
 /// All keys at one time. While the kernel adds and evicts entries the walk may start over; it ends all the same.
-fn keys<K>(
+pub(super) fn keys<K>(
     map: &'static str,
     keys: impl Iterator<Item = Result<K, MapError>>,
     entries: u32,
@@ -144,6 +148,7 @@ impl Maps {
             flow_mark: Array::create(pods + 1, 0).map_err(failed(maps::FLOW_MARK, make))?,
             frags: HashMap::create(maps::MAX_FRAGS, 0).map_err(failed(maps::FRAGS, make))?,
             counters: PerCpuArray::create(pods + 1, 0).map_err(failed(maps::COUNTERS, make))?,
+            policy: PolicyMaps::create(limits)?,
             cpus: cpus()?,
         })
     }
@@ -167,6 +172,7 @@ impl Maps {
             flow_mark: typed(maps::FLOW_MARK, open(maps::FLOW_MARK)?)?,
             frags: typed(maps::FRAGS, open(maps::FRAGS)?)?,
             counters: typed(maps::COUNTERS, open(maps::COUNTERS)?)?,
+            policy: PolicyMaps::build(open)?,
             cpus: cpus()?,
         })
     }
@@ -512,7 +518,21 @@ impl Maps {
         self.counters.set(id, zeros, 0).map_err(failed(maps::COUNTERS, "write"))
     }
 
-    /// Forgets everything about an id: flows, fragments, mark, counters.
+    /// Forgets where fragments to an address went: another pod may come to have it.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn forget_fragments_to(&mut self, address: [u8; 4]) -> Result<(), TablesError> {
+        for key in keys(maps::FRAGS, self.frags.keys(), maps::MAX_FRAGS)? {
+            if key.0.dst == address {
+                gone(maps::FRAGS, self.frags.remove(&key))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets everything about an id: flows, admitted flows, fragments, marks, counters.
     ///
     /// # Errors
     ///
@@ -531,6 +551,7 @@ impl Maps {
             }
             self.set_mark(id, 0)?;
         }
+        self.policy.forget(id)?;
         self.reset_counters(id)
     }
 }

@@ -6,6 +6,7 @@
 //! beside the maps: what [`Tables::new`] finds in them is the state.
 
 mod handles;
+mod policy;
 
 use std::{
     collections::BTreeMap,
@@ -15,8 +16,8 @@ use std::{
 use aya::{maps::MapError, sys::SyscallError};
 use datapath_common::abi::Endpoint;
 
-pub use self::handles::Maps;
 pub(crate) use self::handles::layout_of;
+pub use self::{handles::Maps, policy::PolicyMaps};
 use crate::{error::whole, net};
 
 /// How long a slot or id rests. A program runs for microseconds; a preempted one may sleep a while.
@@ -318,6 +319,9 @@ impl Tables {
         };
         self.live.insert(record.owner, Live { slot, record, missing: 0 });
         let removed = self.unpoint(&old)?;
+        if old.record.ipv4 != record.ipv4 {
+            self.maps.forget_fragments_to(old.record.ipv4)?;
+        }
         self.slots.rest(old.slot);
         Ok(Put { id, slot, changes: changes + removed + 1 })
     }
@@ -380,6 +384,7 @@ impl Tables {
         let Some(old) = self.live.get(&owner).copied() else { return Ok(None) };
         self.unpoint(&old)?;
         self.maps.forget(old.record.id)?;
+        self.maps.forget_fragments_to(old.record.ipv4)?;
         self.live.remove(&owner);
         self.slots.rest(old.slot);
         self.ids.rest(old.record.id);

@@ -1,0 +1,268 @@
+//! The maps of security groups: written in the half that is not in force, then switched to.
+
+use std::collections::BTreeMap;
+
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use datapath_common::abi::{
+    Admitted, PairKey, maps,
+    policy::{
+        CLASSES, ClassGroups, MAX_GROUPS, PAGE_WORDS, PAGES, Page, ProgramRow, VerdictRow, class_row,
+        page_row, program_row,
+    },
+};
+use eniway_policy::compile::Tables as Rules;
+
+use super::{
+    TablesError,
+    handles::{Raw, failed, found, gone, keys},
+};
+use crate::config::{Limits, MAX_FLOWS};
+
+/// Handles to the maps of security groups.
+pub struct PolicyMaps {
+    epoch: Array<MapData, u32>,
+    verdict: Array<MapData, Raw<VerdictRow>>,
+    class: Array<MapData, Raw<ClassGroups>>,
+    program: Array<MapData, Raw<ProgramRow>>,
+    rules: Array<MapData, Raw<Page>>,
+    pairs: HashMap<MapData, Raw<PairKey>, Raw<Admitted>>,
+    pair_mark: Array<MapData, u32>,
+}
+
+type Opened = Result<MapData, TablesError>;
+
+impl PolicyMaps {
+    pub(super) fn build(open: impl Fn(&'static str) -> Opened) -> Result<Self, TablesError> {
+        fn typed<T: TryFrom<Map, Error = MapError>>(
+            name: &'static str,
+            data: Opened,
+        ) -> Result<T, TablesError> {
+            Map::from_map_data(data?).and_then(T::try_from).map_err(failed(name, "use"))
+        }
+        Ok(Self {
+            epoch: typed(maps::EPOCH, open(maps::EPOCH))?,
+            verdict: typed(maps::VERDICT, open(maps::VERDICT))?,
+            class: typed(maps::CLASS, open(maps::CLASS))?,
+            program: typed(maps::PROGRAM, open(maps::PROGRAM))?,
+            rules: typed(maps::RULES, open(maps::RULES))?,
+            pairs: typed(maps::PAIRS, open(maps::PAIRS))?,
+            pair_mark: typed(maps::PAIR_MARK, open(maps::PAIR_MARK))?,
+        })
+    }
+
+    pub(super) fn create(limits: &Limits) -> Result<Self, TablesError> {
+        let make = "create";
+        Ok(Self {
+            epoch: Array::create(1, 0).map_err(failed(maps::EPOCH, make))?,
+            verdict: Array::create(2 * limits.classes(), 0).map_err(failed(maps::VERDICT, make))?,
+            class: Array::create(2 * limits.classes(), 0).map_err(failed(maps::CLASS, make))?,
+            program: Array::create(4 * MAX_GROUPS, 0).map_err(failed(maps::PROGRAM, make))?,
+            rules: Array::create(2 * PAGES, 0).map_err(failed(maps::RULES, make))?,
+            pairs: HashMap::create(limits.flows, 0).map_err(failed(maps::PAIRS, make))?,
+            pair_mark: Array::create(limits.endpoints + 1, 0).map_err(failed(maps::PAIR_MARK, make))?,
+        })
+    }
+
+    /// Classes that there is room for, the 0 of "cannot be judged" included.
+    pub fn classes(&self) -> usize {
+        self.class.len() as usize / 2
+    }
+
+    /// The epoch; its lowest bit says which half is in force.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn epoch(&self) -> Result<u32, TablesError> {
+        self.epoch.get(&0, 0).map_err(failed(maps::EPOCH, "read"))
+    }
+
+    /// A row of verdicts.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn verdicts(&self, row: u32) -> Result<VerdictRow, TablesError> {
+        self.verdict.get(&row, 0).map(|raw| raw.0).map_err(failed(maps::VERDICT, "read"))
+    }
+
+    /// The groups of a class.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn class_groups(&self, row: u32) -> Result<ClassGroups, TablesError> {
+        self.class.get(&row, 0).map(|raw| raw.0).map_err(failed(maps::CLASS, "read"))
+    }
+
+    /// A group's programs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn programs(&self, row: u32) -> Result<ProgramRow, TablesError> {
+        self.program.get(&row, 0).map(|raw| raw.0).map_err(failed(maps::PROGRAM, "read"))
+    }
+
+    /// A page of programs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn page(&self, row: u32) -> Result<Page, TablesError> {
+        self.rules.get(&row, 0).map(|raw| raw.0).map_err(failed(maps::RULES, "read"))
+    }
+
+    /// A flow that was admitted to the fast path.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn pair(&self, key: &PairKey) -> Result<Option<Admitted>, TablesError> {
+        Ok(found(maps::PAIRS, self.pairs.get(&Raw(*key), 0))?.map(|raw| raw.0))
+    }
+
+    /// All flows that were admitted to the fast path.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn pairs(&self) -> Result<Vec<(PairKey, Admitted)>, TablesError> {
+        let mut all = Vec::new();
+        for key in keys(maps::PAIRS, self.pairs.keys(), MAX_FLOWS)? {
+            if let Some(flow) = found(maps::PAIRS, self.pairs.get(&key, 0))? {
+                all.push((key.0, flow.0));
+            }
+        }
+        Ok(all)
+    }
+
+    /// Admits a flow, as the kernel programs do.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_pair(&mut self, key: &PairKey, flow: &Admitted) -> Result<(), TablesError> {
+        for id in [key.low, key.high] {
+            self.pair_mark.set(id, 1, 0).map_err(failed(maps::PAIR_MARK, "write"))?;
+        }
+        self.pairs.insert(Raw(*key), Raw(*flow), 0).map_err(failed(maps::PAIRS, "write"))
+    }
+
+    /// Forgets one flow. Returns whether it was there.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn remove_pair(&mut self, key: &PairKey) -> Result<bool, TablesError> {
+        gone(maps::PAIRS, self.pairs.remove(&Raw(*key)))
+    }
+
+    /// Forgets all flows of a pod.
+    pub(super) fn forget(&mut self, id: u32) -> Result<(), TablesError> {
+        if self.pair_mark.get(&id, 0).map_err(failed(maps::PAIR_MARK, "read"))? == 0 {
+            return Ok(());
+        }
+        for key in keys(maps::PAIRS, self.pairs.keys(), MAX_FLOWS)? {
+            if key.0.low == id || key.0.high == id {
+                gone(maps::PAIRS, self.pairs.remove(&key))?;
+            }
+        }
+        self.pair_mark.set(id, 0, 0).map_err(failed(maps::PAIR_MARK, "write"))
+    }
+
+    /// Puts rules in force: writes the half that is not, counts the epoch up, and waits until no program runs that may have
+    /// begun before. Only rows that differ from what `written` says of that half are written; it is brought up to date.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written; then the half in force stays so.
+    pub fn enforce(&mut self, rules: &Rules, written: &mut [Option<Rules>; 2]) -> Result<usize, TablesError> {
+        let epoch = self.epoch()?.wrapping_add(1);
+        let half = epoch as usize & 1;
+        // What is not known is written in full. On failure nothing is known.
+        let before = written[half].take();
+        let rows = self.write(epoch, rules, before.as_ref())?;
+        written[half] = Some(rules.clone());
+        self.switch(epoch)?;
+        Ok(rows)
+    }
+
+    fn switch(&mut self, epoch: u32) -> Result<(), TablesError> {
+        self.epoch.set(0, epoch, 0).map_err(failed(maps::EPOCH, "write"))?;
+        wait_for_programs();
+        Ok(())
+    }
+
+    fn write(&mut self, epoch: u32, rules: &Rules, before: Option<&Rules>) -> Result<usize, TablesError> {
+        let mut rows = 0;
+        let none = Rules::default();
+        let known = before.unwrap_or(&none);
+        // Rows without a successor are cleared; those of a half that is not known, too.
+        for class in 1..self.classes() as u32 {
+            let differs = before.is_none()
+                || known.verdicts.get(&class) != rules.verdicts.get(&class)
+                || known.lists.get(&class) != rules.lists.get(&class);
+            if !differs {
+                continue;
+            }
+            let mut row = VerdictRow { verdicts: [0; CLASSES] };
+            if let Some(verdicts) = rules.verdicts.get(&class) {
+                row.verdicts[..verdicts.len()].copy_from_slice(verdicts);
+            }
+            let list = rules.lists.get(&class).copied().unwrap_or_default();
+            let at = class_row(class, epoch);
+            self.verdict.set(at, Raw(row), 0).map_err(failed(maps::VERDICT, "write"))?;
+            self.class.set(at, Raw(list), 0).map_err(failed(maps::CLASS, "write"))?;
+            rows += 1;
+        }
+        rows += self.write_programs(epoch, &rules.programs, before.map(|known| &known.programs))?;
+        let pages = |rules: &'_ Rules| -> Vec<Vec<u32>> {
+            rules.words.chunks(PAGE_WORDS).map(<[u32]>::to_vec).collect()
+        };
+        let known = before.map(pages).unwrap_or_default();
+        for (number, words) in pages(rules).into_iter().enumerate() {
+            if known.get(number) == Some(&words) {
+                continue;
+            }
+            let mut page = Page { words: [0; PAGE_WORDS] };
+            page.words[..words.len()].copy_from_slice(&words);
+            let at = page_row((number * PAGE_WORDS) as u32, epoch);
+            self.rules.set(at, Raw(page), 0).map_err(failed(maps::RULES, "write"))?;
+            rows += 1;
+        }
+        Ok(rows)
+    }
+
+    fn write_programs(
+        &mut self,
+        epoch: u32,
+        programs: &BTreeMap<(u32, bool), Vec<u32>>,
+        before: Option<&BTreeMap<(u32, bool), Vec<u32>>>,
+    ) -> Result<usize, TablesError> {
+        let mut rows = 0;
+        // A class names only groups that have rows.
+        for (key @ (group, egress), starts) in programs {
+            if before.is_some_and(|before| before.get(key) == Some(starts)) {
+                continue;
+            }
+            let mut row = ProgramRow { programs: [0; CLASSES] };
+            row.programs[..starts.len()].copy_from_slice(starts);
+            let at = program_row(*group, *egress, epoch);
+            self.program.set(at, Raw(row), 0).map_err(failed(maps::PROGRAM, "write"))?;
+            rows += 1;
+        }
+        Ok(rows)
+    }
+}
+
+/// Waits until every program has ended that runs now. They run as RCU readers, and `MEMBARRIER_CMD_GLOBAL` is
+/// `synchronize_rcu()` (kernel/sched/membarrier.c). Where it is not to be had (`nohz_full`), waits as long as slots rest.
+fn wait_for_programs() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: the call takes numbers only.
+    let done = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if done != 0 {
+        std::thread::sleep(super::GRACE);
+    }
+}
