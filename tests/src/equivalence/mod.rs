@@ -3,8 +3,12 @@
 
 pub mod case;
 mod generate;
+mod host;
 mod shrink;
+mod world;
 
 pub use case::{Case, Pod, Step};
 pub use generate::{Dice, Size};
+pub use host::HostNode;
 pub use shrink::shrink;
+pub use world::{Difference, Fate, Node, Sent, Tally, run};

@@ -1,0 +1,237 @@
+//! Two worlds in which the same happens: a node whose fast path judges, with a VPC that sees only what comes by the wire, and
+//! a node without a fast path, with a VPC that sees everything.
+
+use std::{collections::BTreeMap, fmt, net::Ipv4Addr, time::Duration};
+
+use datapath_common::{abi::Outcome, testing::GATEWAY_MAC};
+
+use super::{Case, Step, case::State};
+use crate::lab::groups::{Packet, Verdict, Vpc, packet::Part};
+
+/// A node under test.
+pub trait Node {
+    /// Puts a state in force, as the agent does before it acknowledges. `replaced`: the pod that is another one now.
+    fn enforce(&mut self, state: &State, replaced: Option<usize>);
+    /// A pod sends a frame.
+    fn send(&mut self, pod: usize, frame: &[u8]) -> Sent;
+    /// The VPC hands in a packet for a pod (IP header first). Whether the pod gets it.
+    fn receive(&mut self, pod: usize, packet: &[u8]) -> bool;
+    /// Seconds pass. A node that cannot have that says so.
+    fn wait(&mut self, seconds: u32) -> bool;
+}
+
+/// What becomes of a frame that a pod sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// It reaches another pod by the fast path.
+    Local(usize),
+    /// It goes to the VPC.
+    Wire,
+    /// It ends on the node.
+    Dropped(Option<Outcome>),
+}
+
+/// What reached whom, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The fast path took it there.
+    Local,
+    /// The VPC did.
+    Wire,
+    /// The VPC refused it.
+    Refused(String),
+    /// It ended on the node, or is too large for the receiver.
+    Lost(String),
+}
+
+impl Fate {
+    const fn arrived(&self) -> bool {
+        matches!(self, Self::Local | Self::Wire)
+    }
+}
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local => f.write_str("arrives by the fast path"),
+            Self::Wire => f.write_str("arrives by the wire"),
+            Self::Refused(why) => write!(f, "is refused by the VPC: {why}"),
+            Self::Lost(why) => write!(f, "is lost: {why}"),
+        }
+    }
+}
+
+/// Two worlds that differ.
+#[derive(Clone, Debug)]
+pub struct Difference {
+    /// The step.
+    pub step: usize,
+    /// With the fast path.
+    pub fast: Fate,
+    /// With everything hairpinned.
+    pub slow: Fate,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { step, fast, slow } = self;
+        write!(f, "step {step}: with the fast path it {fast}; with everything hairpinned it {slow}")
+    }
+}
+
+/// What a run saw.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// Packets that the fast path delivered.
+    pub local: u64,
+    /// Packets that the VPC delivered although there is a fast path.
+    pub wire: u64,
+    /// Packets that the VPC refused.
+    pub refused: u64,
+    /// Packets that ended otherwise.
+    pub lost: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.local += other.local;
+        self.wire += other.wire;
+        self.refused += other.refused;
+        self.lost += other.lost;
+    }
+}
+
+/// The MTU of a pod: that of the last one is smaller.
+pub const fn mtu(pod: usize) -> usize {
+    if pod == 3 { 1400 } else { 1500 }
+}
+
+/// The MAC of a pod.
+pub const fn mac(pod: usize) -> [u8; 6] {
+    [0xfa, 0x16, 0x3e, 0, 2, pod as u8]
+}
+
+struct World<'n, N> {
+    node: &'n mut N,
+    vpc: Vpc,
+    now: Duration,
+}
+
+impl<'n, N: Node> World<'n, N> {
+    fn new(node: &'n mut N, state: &State) -> Self {
+        let mut vpc = Vpc::default();
+        vpc.set_groups(state.groups.clone());
+        for (address, membership) in state.members() {
+            vpc.set_member(address, membership);
+        }
+        node.enforce(state, None);
+        Self { node, vpc, now: Duration::from_secs(1000) }
+    }
+
+    /// The VPC first, then the agent.
+    fn change(&mut self, state: &State, step: &Step) {
+        let replaced = if let Step::Replace(pod, _) = step { Some(*pod) } else { None };
+        if let Some(pod) = replaced {
+            self.vpc.remove_member(state.pods[pod].address);
+        }
+        self.vpc.set_groups(state.groups.clone());
+        for (address, membership) in state.members() {
+            self.vpc.set_member(address, membership);
+        }
+        self.node.enforce(state, replaced);
+    }
+
+    fn wait(&mut self, seconds: u32) {
+        if self.node.wait(seconds) {
+            self.now += Duration::from_secs(seconds.into());
+        }
+    }
+
+    fn send(&mut self, from: usize, to: usize, packet: &Packet, bytes: &[u8]) -> Fate {
+        let frame = [&GATEWAY_MAC[..], &mac(from), &[8, 0], bytes].concat();
+        let fits = bytes.len() <= mtu(to);
+        match self.node.send(from, &frame) {
+            Sent::Local(pod) if pod == to && fits => Fate::Local,
+            Sent::Local(pod) => Fate::Lost(format!("by the fast path to pod {pod}, {} bytes", bytes.len())),
+            Sent::Dropped(outcome) => Fate::Lost(outcome.map_or("on the node", Outcome::name).to_owned()),
+            Sent::Wire => match self.vpc.see(self.now, packet) {
+                Verdict::Pass if !fits => Fate::Lost("too large for the receiver".to_owned()),
+                Verdict::Pass if self.node.receive(to, bytes) => Fate::Wire,
+                Verdict::Pass => Fate::Lost("on the receiver's node".to_owned()),
+                Verdict::Drop(why) | Verdict::Undecidable(why) => Fate::Refused(why.to_string()),
+            },
+        }
+    }
+}
+
+/// Runs a case in both worlds, on nodes that know nothing yet.
+///
+/// # Errors
+///
+/// The first difference.
+pub fn run<N: Node>(case: &Case, fast: &mut N, slow: &mut N) -> Result<Tally, Difference> {
+    let mut state = case.state();
+    let mut worlds = [World::new(fast, &state), World::new(slow, &state)];
+    let number: BTreeMap<Ipv4Addr, usize> =
+        case.pods.iter().enumerate().map(|(number, pod)| (pod.address, number)).collect();
+    // Whoever changes rules in the middle of a datagram may lose its end.
+    let mut whole = Datagrams::default();
+    let mut tally = Tally::default();
+    for (at, step) in case.steps.iter().enumerate() {
+        let (packet, more) = match step {
+            Step::Send(packet, more) => (packet, *more),
+            Step::Wait(seconds) => {
+                worlds.iter_mut().for_each(|world| world.wait(*seconds));
+                continue;
+            }
+            Step::Groups(_) | Step::List(..) | Step::Replace(..) => {
+                state.apply(step);
+                worlds.iter_mut().for_each(|world| world.change(&state, step));
+                whole.forget();
+                continue;
+            }
+        };
+        let (from, to) = (number[&packet.src], number[&packet.dst]);
+        let bytes = packet.write(more);
+        if bytes.len() > mtu(from) || !whole.may_send(packet) {
+            continue;
+        }
+        let [fast, slow] = worlds.each_mut().map(|world| world.send(from, to, packet, &bytes));
+        if fast.arrived() != slow.arrived() {
+            return Err(Difference { step: at, fast, slow });
+        }
+        match fast {
+            Fate::Local => tally.local += 1,
+            Fate::Wire => tally.wire += 1,
+            Fate::Refused(_) => tally.refused += 1,
+            Fate::Lost(_) => tally.lost += 1,
+        }
+    }
+    Ok(tally)
+}
+
+/// Datagrams in the middle of which there was a change.
+#[derive(Default)]
+struct Datagrams {
+    begun: std::collections::HashSet<(Ipv4Addr, Ipv4Addr, u8, u16)>,
+    cut: std::collections::HashSet<(Ipv4Addr, Ipv4Addr, u8, u16)>,
+}
+
+impl Datagrams {
+    fn forget(&mut self) {
+        self.cut.extend(self.begun.drain());
+    }
+
+    fn may_send(&mut self, packet: &Packet) -> bool {
+        let datagram = (packet.src, packet.dst, packet.proto, packet.ident);
+        match packet.part {
+            Part::Whole => true,
+            Part::First => {
+                self.cut.remove(&datagram);
+                self.begun.insert(datagram);
+                true
+            }
+            Part::Later => !self.cut.contains(&datagram),
+        }
+    }
+}
