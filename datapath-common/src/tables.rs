@@ -5,6 +5,8 @@ use crate::abi::{
     policy::{ClassGroups, Page, ProgramRow, VerdictRow},
 };
 
+use crate::decide::policy;
+
 /// The tables that security groups are compiled to ([`policy`](crate::abi::policy)).
 pub trait Rules {
     /// The epoch; its lowest bit says which half is in force.
@@ -17,6 +19,12 @@ pub trait Rules {
     fn programs(&self, row: u32) -> Option<&ProgramRow>;
     /// A page of programs, by [`page_row`](crate::abi::policy::page_row).
     fn page(&self, row: u32) -> Option<&Page>;
+    /// What one side of a pair says ([`policy::side_says`]): a method, so that the kernel programs can make it a function
+    /// that the verifier walks once, whatever the packets that lead to it.
+    #[inline(always)]
+    fn side_says(&self, base: u32, own: u32, peer: u32, key: u32) -> u32 {
+        policy::side_says(self, base, own, peer, key)
+    }
 }
 
 /// The tables as a decision sees them. The kernel programs answer from the BPF maps; the host answers from

@@ -20,6 +20,7 @@ use datapath_common::{
         },
         policy::{ClassGroups, MAX_GROUPS, PAGES, Page, ProgramRow, VerdictRow},
     },
+    decide::policy::side_says,
     tables::{Rules, Tables},
 };
 
@@ -112,6 +113,18 @@ impl Rules for Kernel {
     fn page(&self, row: u32) -> Option<&Page> {
         RULES.get(row)
     }
+
+    #[inline(always)]
+    fn side_says(&self, base: u32, own: u32, peer: u32, key: u32) -> u32 {
+        policy_side(base, own, peer, key)
+    }
+}
+
+/// A global function: the verifier walks it once and for all arguments.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn policy_side(base: u32, own: u32, peer: u32, key: u32) -> u32 {
+    side_says(&Kernel, base, own, peer, key)
 }
 
 impl Tables for Kernel {

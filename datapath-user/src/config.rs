@@ -11,7 +11,7 @@ use datapath_common::abi::{
 };
 use eniway_ipam::rpc::Address;
 use ipnet::Ipv4Net;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::net::InterfaceName;
 
@@ -67,6 +67,9 @@ pub struct Config {
     /// Which pod-to-pod traffic on the node takes the fast path.
     #[serde(default)]
     pub fast_path: FastPath,
+    /// Only count what security groups would do to traffic that takes the fast path by `fast_path = "all"`.
+    #[serde(default)]
+    pub observe: bool,
     /// What to log, unless the environment's `RUST_LOG` says otherwise.
     #[serde(default = "default_log")]
     pub log: String,
@@ -84,7 +87,7 @@ pub struct Config {
 }
 
 /// Which pod-to-pod traffic on the node takes the fast path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FastPath {
     /// None: everything goes out on the source's VLAN and comes back on the destination's.
@@ -294,6 +297,10 @@ impl Config {
         {
             return says("source.address", format!("`{url}` needs `ca`, `cert` and `key` beside it"));
         }
+        if self.observe && self.fast_path != FastPath::All {
+            let name = self.fast_path.name();
+            return says("observe", format!("works with `fast_path = \"all\"`, not with \"{name}\""));
+        }
         if self.parents.is_empty() {
             return says("parent", "at least one [[parent]] is needed".to_owned());
         }
@@ -348,7 +355,7 @@ interface = "eth1"
         let config = parse(LEAST).unwrap();
         assert_eq!(config.pin_dir, Path::new("/sys/fs/bpf/eniway"));
         assert_eq!(config.run_dir, Path::new("/run/eniway"));
-        assert_eq!(config.fast_path, FastPath::Off);
+        assert_eq!(config.fast_path, FastPath::SecurityGroups);
         assert_eq!(config.parents[0].xdp, Xdp::Off);
         assert!(!config.parents[0].generic_xdp);
         assert_eq!(config.host.metadata, Metadata::Deny);

@@ -248,17 +248,14 @@ fn progress<T: Tables>(tables: &T, epoch: u32, pod: &Endpoint, ip: &Ipv4, flow: 
 /// Whether rules allow a flow from a pod of class `from` to one of class `to` that begins with traffic `key`.
 #[inline(always)]
 pub fn allows<R: Rules + ?Sized>(rules: &R, epoch: u32, from: u32, to: u32, key: u32) -> bool {
-    side_says(rules, program_row(0, true, epoch), from, to, key) == ALLOW
-        && side_says(rules, program_row(0, false, epoch), to, from, key) == ALLOW
+    rules.side_says(program_row(0, true, epoch), from, to, key) == ALLOW
+        && rules.side_says(program_row(0, false, epoch), to, from, key) == ALLOW
 }
 
 /// What the groups of class `own` say of traffic with class `peer`, in the direction and half of `base`: the row of
 /// programs that a group numbered 0 would have. The end of the list denies.
-///
-/// A function of its own in the kernel, too: the verifier walks it for each call, and code that is there once is walked
-/// fewer times.
-#[inline(never)]
-fn side_says<R: Rules + ?Sized>(rules: &R, base: u32, own: u32, peer: u32, key: u32) -> u32 {
+#[inline(always)]
+pub fn side_says<R: Rules + ?Sized>(rules: &R, base: u32, own: u32, peer: u32, key: u32) -> u32 {
     let half = base & 1;
     let peer = peer as usize;
     let Some(list) = rules.class_groups(class_row(own, half)) else { return DENY };

@@ -292,7 +292,8 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         gateway_mac: Mac(allocation.gateway_mac.0),
         gateway_ipv6: allocation.gateway_ipv6,
         mtu: allocation.mtu,
-        policy: 0,
+        membership: Membership::default(),
+        fast_path: None,
     };
     pod.check(parents).map_err(|(field, what)| format!("{field}: {what}"))?;
     Ok(pod)

@@ -11,13 +11,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use eniway_policy::model::{AddressGroup, GroupList, Groups, Membership, SecurityGroup};
 use ipnet::Ipv4Net;
 use notify::{RecursiveMode, Watcher as _};
 use serde::{Deserialize, Deserializer, de};
 use tokio::sync::mpsc;
 
 use super::{Pod, Snapshot, State, Vip, vlan_id};
-use crate::net::{InterfaceName, Mac, VlanId};
+use crate::{
+    config::FastPath,
+    net::{InterfaceName, Mac, VlanId},
+};
 
 /// The only version of the document so far.
 const VERSION: u64 = 1;
@@ -67,6 +71,10 @@ struct Document {
     revision: u64,
     #[serde(default)]
     vips: Vec<VipEntry>,
+    #[serde(default)]
+    security_groups: Vec<SecurityGroup>,
+    #[serde(default)]
+    address_groups: Vec<AddressGroup>,
     pods: Vec<PodEntry>,
 }
 
@@ -120,7 +128,11 @@ struct PodEntry {
     #[serde(default = "default_mtu")]
     mtu: u16,
     #[serde(default)]
-    policy: u32,
+    security_groups: GroupList,
+    #[serde(default)]
+    security_groups_revision: u64,
+    #[serde(default)]
+    fast_path: Option<FastPath>,
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]
@@ -176,7 +188,9 @@ pub fn parse(text: &[u8], parents: &[&str]) -> Result<Snapshot, Problem> {
         .map(|(i, entry)| check(&format!("pods[{i}]"), entry, parents))
         .collect::<Result<Vec<_>, _>>()?;
     check_unique(&pods)?;
-    Ok(Snapshot { revision: document.revision, vips, pods })
+    let groups = Groups::new(document.revision, document.security_groups, document.address_groups)
+        .map_err(|error| Problem::new("security_groups, address_groups", error.to_string()))?;
+    Ok(Snapshot { revision: document.revision, vips, groups, pods })
 }
 
 fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
@@ -208,7 +222,11 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         gateway_mac: entry.gateway_mac,
         gateway_ipv6: entry.gateway_ipv6,
         mtu: entry.mtu,
-        policy: entry.policy,
+        membership: Membership {
+            groups: entry.security_groups,
+            revision: entry.security_groups_revision,
+        },
+        fast_path: entry.fast_path,
     };
     pod.check(parents).map_err(|(field, what)| Problem::new(format!("{at}.{field}"), what))?;
     Ok(pod)
@@ -369,7 +387,7 @@ mod tests {
             "host_interface": null, "state": "active", "generation": 1,
             "parent": "eth1", "vlan": 100 + u16::from(n), "mac": format!("fa:16:3e:00:01:{n:02x}"), "wire_mac": null,
             "ipv4": format!("10.1.18.{n}"), "ipv6": null, "subnet": "10.1.16.0/22", "gateway": "10.1.16.1",
-            "gateway_mac": "fa:ff:ff:00:00:01", "gateway_ipv6": null, "mtu": 1500, "policy": 0
+            "gateway_mac": "fa:ff:ff:00:00:01", "gateway_ipv6": null, "mtu": 1500, "security_groups": []
         })
     }
 
@@ -407,7 +425,7 @@ mod tests {
             "ipv6",
             "gateway_ipv6",
             "mtu",
-            "policy",
+            "security_groups",
         ] {
             fields.remove(field);
         }

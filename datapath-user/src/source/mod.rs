@@ -11,9 +11,13 @@ use std::{
 };
 
 use datapath_common::abi::Endpoint;
+use eniway_policy::model::{Groups, Membership};
 use ipnet::Ipv4Net;
 
-use crate::net::{InterfaceName, Mac, VlanId};
+use crate::{
+    config::FastPath,
+    net::{InterfaceName, Mac, VlanId},
+};
 
 /// All pods of the node at one time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,6 +26,8 @@ pub struct Snapshot {
     pub revision: u64,
     /// Virtual addresses of load balancers.
     pub vips: Vec<Vip>,
+    /// Security groups and address groups.
+    pub groups: Groups,
     /// The pods.
     pub pods: Vec<Pod>,
 }
@@ -89,8 +95,10 @@ pub struct Pod {
     pub gateway_ipv6: Option<Ipv6Addr>,
     /// IP MTU of the pod's interface.
     pub mtu: u16,
-    /// Set of security groups.
-    pub policy: u32,
+    /// Its security groups.
+    pub membership: Membership,
+    /// What holds for it in place of the node's setting.
+    pub fast_path: Option<FastPath>,
 }
 
 impl Pod {
@@ -171,7 +179,7 @@ impl Pod {
         format!("{}/{}", self.namespace, self.name)
     }
 
-    /// Its record, without what wiring and tables fill in.
+    /// Its record, without what wiring, tables and security groups fill in.
     pub fn record(&self, parent: u16, parent_ifindex: u32) -> Endpoint {
         Endpoint {
             owner: self.owner(),
@@ -179,7 +187,7 @@ impl Pod {
             generation: self.generation,
             ifindex: 0,
             parent_ifindex,
-            policy_id: self.policy,
+            policy_id: 0,
             flags: 0,
             ipv4: self.ipv4.octets(),
             gateway_ipv4: self.gateway.octets(),
@@ -225,6 +233,8 @@ pub struct Desired {
     pub revision: u64,
     /// Virtual addresses of load balancers.
     pub vips: Vec<Vip>,
+    /// Security groups and address groups.
+    pub groups: Groups,
     /// The pods by owner, with their place in the order in which they came.
     pods: BTreeMap<u64, (u64, Pod)>,
     /// What cannot be used, by owner. What such a pod has stays as it is.
@@ -247,7 +257,7 @@ pub struct Refused {
 
 impl From<Snapshot> for Desired {
     fn from(snapshot: Snapshot) -> Self {
-        let mut desired = Self { revision: snapshot.revision, vips: snapshot.vips, ..Self::default() };
+        let mut desired = Self { revision: snapshot.revision, vips: snapshot.vips, groups: snapshot.groups, ..Self::default() };
         for pod in snapshot.pods {
             desired.put(pod);
         }
@@ -296,6 +306,7 @@ impl Desired {
     pub fn fingerprint(&self) -> u64 {
         let mut hash = Fnv::default();
         self.vips.hash(&mut hash);
+        self.groups.hash(&mut hash);
         self.pods().for_each(|(_, pod)| pod.hash(&mut hash));
         self.refused.hash(&mut hash);
         hash.finish()

@@ -1,6 +1,6 @@
 //! The JSON form: what is written, before it is a value of the model.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr};
+use std::{fmt, net::IpAddr};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -226,38 +226,21 @@ impl TryFrom<Groups> for super::Groups {
     type Error = Invalid;
 
     fn try_from(form: Groups) -> Result<Self, Invalid> {
-        let mut groups = Self { revision: form.revision, ..Self::default() };
-        for Group { id, rules } in form.security_groups {
-            let rules = rules
-                .into_iter()
-                .enumerate()
-                .map(|(place, rule)| {
-                    rule.try_into().map_err(|source| Invalid::InRule {
-                        group: id.to_string(),
-                        rule: place + 1,
-                        source: Box::new(source),
-                    })
-                })
-                .collect::<Result<_, _>>()?;
-            insert(&mut groups.security_groups, "security group", id.clone(), SecurityGroup { id, rules })?;
-        }
-        for group in form.address_groups {
-            let group = super::AddressGroup::try_from(group)?;
-            insert(&mut groups.address_groups, "address group", group.id.clone(), group)?;
-        }
-        Ok(groups)
-    }
-}
-
-fn insert<T>(
-    into: &mut BTreeMap<GroupId, T>,
-    what: &'static str,
-    id: GroupId,
-    value: T,
-) -> Result<(), Invalid> {
-    match into.insert(id.clone(), value) {
-        None => Ok(()),
-        Some(_) => Err(Invalid::Twice { what, id: id.into() }),
+        let group = |Group { id, rules }| {
+            let in_rule = |(place, rule): (usize, Rule)| {
+                let named = |source| Invalid::InRule {
+                    group: String::from(GroupId::clone(&id)),
+                    rule: place + 1,
+                    source: Box::new(source),
+                };
+                super::Rule::try_from(rule).map_err(named)
+            };
+            let rules = rules.into_iter().enumerate().map(in_rule).collect::<Result<_, _>>()?;
+            Ok(SecurityGroup { id, rules })
+        };
+        let security_groups = form.security_groups.into_iter().map(group).collect::<Result<_, Invalid>>()?;
+        let address_groups = form.address_groups.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?;
+        Self::new(form.revision, security_groups, address_groups)
     }
 }
 

@@ -240,7 +240,7 @@ pub struct Rule {
 }
 
 /// A security group.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SecurityGroup {
     /// Its id.
@@ -251,7 +251,7 @@ pub struct SecurityGroup {
 }
 
 /// A named set of addresses.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "form::AddressGroup", into = "form::AddressGroup")]
 pub struct AddressGroup {
     /// Its id.
@@ -268,7 +268,7 @@ impl AddressGroup {
 }
 
 /// All groups at one revision.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "form::Groups", into = "form::Groups")]
 pub struct Groups {
     /// Counts the changes of groups, rules and address groups; a source never goes back.
@@ -277,6 +277,34 @@ pub struct Groups {
     pub security_groups: BTreeMap<GroupId, SecurityGroup>,
     /// The address groups.
     pub address_groups: BTreeMap<GroupId, AddressGroup>,
+}
+
+impl Groups {
+    /// All of these.
+    ///
+    /// # Errors
+    ///
+    /// When an id is there twice.
+    pub fn new(
+        revision: u64,
+        security_groups: Vec<SecurityGroup>,
+        address_groups: Vec<AddressGroup>,
+    ) -> Result<Self, Invalid> {
+        let mut groups = Self { revision, ..Self::default() };
+        for group in security_groups {
+            let id = group.id.clone();
+            if groups.security_groups.insert(id.clone(), group).is_some() {
+                return Err(Invalid::Twice { what: "security group", id: id.into() });
+            }
+        }
+        for group in address_groups {
+            let id = group.id.clone();
+            if groups.address_groups.insert(id.clone(), group).is_some() {
+                return Err(Invalid::Twice { what: "address group", id: id.into() });
+            }
+        }
+        Ok(groups)
+    }
 }
 
 /// The security groups of a pod in their order: at most [`MAX_GROUPS_OF_A_POD`], none twice.
