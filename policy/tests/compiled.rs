@@ -221,8 +221,7 @@ fn loaded(tables: &Tables) -> MemoryRules {
 fn cannot_be_judged(groups: &Groups, pod: &PodFacts) -> bool {
     let list = pod.membership.groups.as_slice();
     let unknown_addresses = |id: &GroupId| {
-        let unknown =
-            |group: &Remote| matches!(group, Remote::AddressGroup(id) if !groups.address_groups.contains_key(id));
+        let unknown = |group: &Remote| matches!(group, Remote::AddressGroup(id) if !groups.address_groups.contains_key(id));
         groups.security_groups[id].rules.iter().any(|rule| unknown(&rule.remote))
     };
     list.is_empty()

@@ -222,10 +222,7 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         gateway_mac: entry.gateway_mac,
         gateway_ipv6: entry.gateway_ipv6,
         mtu: entry.mtu,
-        membership: Membership {
-            groups: entry.security_groups,
-            revision: entry.security_groups_revision,
-        },
+        membership: Membership { groups: entry.security_groups, revision: entry.security_groups_revision },
         fast_path: entry.fast_path,
     };
     pod.check(parents).map_err(|(field, what)| Problem::new(format!("{at}.{field}"), what))?;

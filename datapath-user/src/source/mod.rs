@@ -257,7 +257,12 @@ pub struct Refused {
 
 impl From<Snapshot> for Desired {
     fn from(snapshot: Snapshot) -> Self {
-        let mut desired = Self { revision: snapshot.revision, vips: snapshot.vips, groups: snapshot.groups, ..Self::default() };
+        let mut desired = Self {
+            revision: snapshot.revision,
+            vips: snapshot.vips,
+            groups: snapshot.groups,
+            ..Self::default()
+        };
         for pod in snapshot.pods {
             desired.put(pod);
         }

@@ -239,7 +239,8 @@ impl TryFrom<Groups> for super::Groups {
             Ok(SecurityGroup { id, rules })
         };
         let security_groups = form.security_groups.into_iter().map(group).collect::<Result<_, Invalid>>()?;
-        let address_groups = form.address_groups.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?;
+        let address_groups =
+            form.address_groups.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?;
         Self::new(form.revision, security_groups, address_groups)
     }
 }

@@ -6,7 +6,7 @@ use std::{
     net::Ipv4Addr,
 };
 
-use eniway_policy::model::{GroupId, GroupList, Groups, Membership};
+use eniway_policy::model::{GroupId, GroupList, Groups, Membership, Remote};
 
 use crate::lab::groups::{Members, Packet};
 
@@ -89,6 +89,20 @@ impl State {
     pub fn membership(&self, pod: &Pod) -> Membership {
         let revision = if pod.stale { self.groups.revision + 1 } else { 0 };
         Membership { groups: pod.list.clone(), revision }
+    }
+
+    /// Whether the agent knows enough to judge a pod.
+    pub fn is_decidable(&self, pod: &Pod) -> bool {
+        let known = |id: &GroupId| {
+            let group = self.groups.security_groups.get(id).filter(|_| !self.hidden.contains(id));
+            group.is_some_and(|group| {
+                group.rules.iter().all(|rule| match &rule.remote {
+                    Remote::AddressGroup(id) => !self.hidden.contains(id),
+                    _ => true,
+                })
+            })
+        };
+        !pod.stale && !pod.list.is_empty() && pod.list.as_slice().iter().all(known)
     }
 
     /// Whom the VPC judges.
