@@ -1,9 +1,16 @@
 //! A node in memory: the host build of the decisions over what the product's compiler made of the groups.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::Ipv4Addr,
+};
 
 use datapath_common::{
-    abi::{Endpoint, Outcome, endpoint::flag, policy::CLASSES},
+    abi::{
+        Endpoint, Outcome,
+        endpoint::flag,
+        policy::{CLASSES, Verdict},
+    },
     decide::{eni_ingress, pod_egress},
     packet::link::{TPID_8021Q, Tag},
     testing::{GATEWAY, GATEWAY_MAC, MemoryRules, MemoryTables, PARENT_IFINDEX},
@@ -48,6 +55,19 @@ pub fn compiled(state: &State, classes: &BTreeMap<usize, u32>) -> Compiled<usize
         (number, facts)
     });
     compile(&state.of_the_agent(), &facts.collect(), Family::V4, CLASSES)
+}
+
+/// See [`Node::open_pairs`].
+pub fn open_pairs(classes: &BTreeMap<usize, u32>, rules: &Tables) -> BTreeSet<(usize, usize)> {
+    let mut open = BTreeSet::new();
+    for (a, of_a) in classes {
+        for (b, of_b) in classes.range(a + 1..) {
+            if rules.verdict(*of_a, *of_b) == Verdict::Open {
+                open.insert((*a, *b));
+            }
+        }
+    }
+    open
 }
 
 /// The record of a pod.
@@ -131,6 +151,10 @@ impl Node for HostNode {
                 None => assert_eq!(self.tables.add(record), slot(number)),
             }
         }
+    }
+
+    fn open_pairs(&self) -> BTreeSet<(usize, usize)> {
+        open_pairs(&self.classes, &self.rules)
     }
 
     fn send(&mut self, pod: usize, frame: &[u8]) -> Sent {

@@ -1,7 +1,12 @@
 //! Two worlds in which the same happens: a node whose fast path judges, with a VPC that sees only what comes by the wire, and
 //! a node without a fast path, with a VPC that sees everything.
 
-use std::{collections::BTreeMap, fmt, net::Ipv4Addr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    fmt,
+    net::Ipv4Addr,
+    time::Duration,
+};
 
 use datapath_common::{abi::Outcome, testing::GATEWAY_MAC};
 
@@ -12,6 +17,8 @@ use crate::lab::groups::{Packet, Verdict, Vpc, packet::Part};
 pub trait Node {
     /// Puts a state in force, as the agent does before it acknowledges. `replaced`: the pod that is another one now.
     fn enforce(&mut self, state: &State, replaced: Option<usize>);
+    /// Pairs of pods, the lower number first, between which everything is allowed, so that no flows are remembered.
+    fn open_pairs(&self) -> BTreeSet<(usize, usize)>;
     /// A pod sends a frame.
     fn send(&mut self, pod: usize, frame: &[u8]) -> Sent;
     /// The VPC hands in a packet for a pod (IP header first). Whether the pod gets it.
@@ -139,7 +146,11 @@ impl<'n, N: Node> World<'n, N> {
             self.vpc.set_member(address, membership);
         }
         handed_over.iter().for_each(|pod| self.vpc.forget(*pod));
+        let open = self.node.open_pairs();
         self.node.enforce(state, replaced);
+        for (a, b) in open.difference(&self.node.open_pairs()) {
+            self.vpc.forget_between(state.pods[*a].address, state.pods[*b].address);
+        }
     }
 
     fn wait(&mut self, seconds: u32) {
@@ -213,8 +224,9 @@ pub fn run<N: Node>(case: &Case, fast: &mut N, slow: &mut N) -> Result<Tally, Di
     Ok(tally)
 }
 
-/// Flows of the fast path that go on by the wire, because one of their pods cannot be judged any more, are new to the VPC:
-/// that is what a node cannot mend. The test asks for no more than that the VPC of either world forgets them.
+/// Pods that the agent could judge, and cannot any more. Their flows of the fast path go on by the wire and are new to the VPC:
+/// that is what a node cannot mend. So it is with flows between pods where everything was allowed, which nobody remembers.
+/// The test goes on as if the VPCs of both worlds had forgotten them.
 fn handed_over(before: &State, after: &State) -> Vec<Ipv4Addr> {
     let pods = before.pods.iter().zip(&after.pods);
     pods.filter(|(old, new)| before.is_decidable(old) && !after.is_decidable(new))
@@ -225,8 +237,8 @@ fn handed_over(before: &State, after: &State) -> Vec<Ipv4Addr> {
 /// Datagrams in the middle of which there was a change.
 #[derive(Default)]
 struct Datagrams {
-    begun: std::collections::HashSet<(Ipv4Addr, Ipv4Addr, u8, u16)>,
-    cut: std::collections::HashSet<(Ipv4Addr, Ipv4Addr, u8, u16)>,
+    begun: HashSet<(Ipv4Addr, Ipv4Addr, u8, u16)>,
+    cut: HashSet<(Ipv4Addr, Ipv4Addr, u8, u16)>,
 }
 
 impl Datagrams {

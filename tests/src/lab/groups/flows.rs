@@ -118,6 +118,11 @@ impl Vpc {
         self.fates.retain(|(src, dst, ..), _| *src != address && *dst != address);
     }
 
+    /// Forgets all flows between two addresses.
+    pub fn forget_between(&mut self, a: Ipv4Addr, b: Ipv4Addr) {
+        self.flows.retain(|_, flow| ![(a, b), (b, a)].contains(&(flow.first.src, flow.first.dst)));
+    }
+
     /// The groups.
     pub const fn groups(&self) -> &Groups {
         &self.groups
