@@ -20,6 +20,7 @@ pub mod netlink;
 pub mod netns;
 pub mod object;
 pub mod pin;
+pub mod policy;
 pub mod reconcile;
 pub mod source;
 pub mod status;

@@ -55,6 +55,7 @@
 //! long as they live. A flow that ends here goes on by the wire, where the VPC has its say.)
 
 pub mod compile;
+pub mod explain;
 pub mod model;
 
 pub use datapath_common::abi::policy::timeout;

@@ -11,6 +11,8 @@ pub mod pod_egress;
 pub mod pod_ingress;
 pub mod policy;
 #[cfg(test)]
+mod policy_tests;
+#[cfg(test)]
 mod tests;
 
 use crate::abi::{Endpoint, Outcome};

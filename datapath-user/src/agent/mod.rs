@@ -4,6 +4,7 @@
 //! kernel and applies differences. It ends without undoing anything.
 
 mod parent;
+mod policy;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,7 +31,7 @@ use tokio::{
     time::{self, MissedTickBehavior},
 };
 
-use self::parent::Parent;
+use self::{parent::Parent, policy::Policy};
 use crate::{
     attach::{self, AttachError, Target},
     config::{self, Config, Metadata, Source, Xdp},
@@ -271,6 +272,7 @@ struct Agent {
     pins: Pins,
     kind: TcKind,
     tables: Tables,
+    policy: Policy,
     /// The object whose pod programs are attached.
     pods: Ebpf,
     parents: Vec<Parent>,
@@ -389,6 +391,7 @@ impl Agent {
             pins,
             kind,
             tables,
+            policy: Policy::default(),
             pods,
             parents,
             source,
@@ -469,7 +472,7 @@ impl Agent {
             for parent in parents {
                 moved |= parent.follow(pins, *kind);
             }
-            if moved || !self.faults.is_empty() || self.lost_pods() {
+            if moved || !self.faults.is_empty() || self.policy.fault.is_some() || self.lost_pods() {
                 self.reconcile(None).await;
                 self.acknowledge();
             }
@@ -515,6 +518,9 @@ impl Agent {
 
     /// Tells the allocator how far the kernel has come. While a snapshot is held back, it has not.
     fn acknowledge(&self) {
+        if self.policy.fault.is_some() {
+            return;
+        }
         let (Feed::Allocator(allocator), None, Some(desired)) = (&self.source, &self.held, &self.desired)
         else {
             return;
@@ -725,7 +731,8 @@ impl Agent {
             // While its parent is away a pod keeps the record it has.
             let ifindex =
                 parent.ifindex.or_else(|| self.tables.pod(owner).map(|live| live.record.parent_ifindex));
-            Some((owner, pod.record(parent.index, ifindex.unwrap_or(0))))
+            let (policy_id, flags) = self.policy.of(&self.config, owner, pod);
+            Some((owner, Endpoint { policy_id, flags, ..pod.record(parent.index, ifindex.unwrap_or(0)) }))
         };
         in_scope(desired, scope).filter(|(_, pod)| pod.is_wanted()).filter_map(record).collect()
     }
@@ -734,6 +741,9 @@ impl Agent {
     /// whom everybody belongs who has what they ask for.
     async fn reconcile(&mut self, scope: Option<&BTreeSet<u64>>) {
         let Some(desired) = self.desired.clone() else { return };
+        let moved = self.sync_policy(&desired).await;
+        // Rules that change may move any pod.
+        let scope = scope.filter(|scope| moved.is_subset(scope));
         let pods: BTreeMap<u64, &Pod> = in_scope(&desired, scope).collect();
         let known_faults = match scope {
             None => std::mem::take(&mut self.faults),
@@ -972,6 +982,9 @@ impl Agent {
             self.status.pods = active.into_iter().map(|(owner, pod)| self.pod_status(owner, pod)).collect();
             self.status.refused =
                 desired.refused.values().map(|pod| format!("{}: {}", pod.name, pod.reason)).collect();
+        }
+        if let Some(desired) = self.desired.clone() {
+            self.report_policy(&desired);
         }
         if self.written.as_ref() != Some(&self.status) {
             match self.status.write(&self.config.run_dir) {

@@ -220,8 +220,8 @@ impl Node {
     pub fn tables(&self) -> Result<LiveTables, CliError> {
         // As the running programs were loaded; the configuration may have changed since.
         let fast_path = match &self.status {
-            Some(status) => status.fast_path == FastPath::All.name(),
-            None => self.config.fast_path == FastPath::All,
+            Some(status) => status.fast_path != FastPath::Off.name(),
+            None => self.config.fast_path != FastPath::Off,
         };
         Ok(LiveTables::new(self.maps()?, fast_path, self.names()))
     }

@@ -11,6 +11,7 @@ use eniway_ipam::{
     rpc::{Address, Client, ClientError, Event, Tls},
     vpc::Kind,
 };
+use eniway_policy::model::Membership;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Desired, Pod, Refused, State, owner_of, vlan_id};

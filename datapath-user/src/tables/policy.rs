@@ -188,9 +188,20 @@ impl PolicyMaps {
         Ok(rows)
     }
 
+    /// Waits until every program has ended that runs now. They run as RCU readers, and `MEMBARRIER_CMD_GLOBAL` is
+    /// `synchronize_rcu()` (kernel/sched/membarrier.c). Where it is not to be had (`nohz_full`), waits as long as slots rest.
+    pub fn wait_for_programs(&self) {
+        const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+        // SAFETY: the call takes numbers only.
+        let done = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+        if done != 0 {
+            std::thread::sleep(super::GRACE);
+        }
+    }
+
     fn switch(&mut self, epoch: u32) -> Result<(), TablesError> {
         self.epoch.set(0, epoch, 0).map_err(failed(maps::EPOCH, "write"))?;
-        wait_for_programs();
+        self.wait_for_programs();
         Ok(())
     }
 
@@ -253,16 +264,5 @@ impl PolicyMaps {
             rows += 1;
         }
         Ok(rows)
-    }
-}
-
-/// Waits until every program has ended that runs now. They run as RCU readers, and `MEMBARRIER_CMD_GLOBAL` is
-/// `synchronize_rcu()` (kernel/sched/membarrier.c). Where it is not to be had (`nohz_full`), waits as long as slots rest.
-fn wait_for_programs() {
-    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
-    // SAFETY: the call takes numbers only.
-    let done = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if done != 0 {
-        std::thread::sleep(super::GRACE);
     }
 }

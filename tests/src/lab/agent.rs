@@ -383,7 +383,7 @@ pub(super) fn entry(pod: &Pod, mtu: u32) -> Value {
         "gateway_mac": GATEWAY_MAC.to_string(),
         "gateway_ipv6": null,
         "mtu": mtu,
-        "policy": 0,
+        "security_groups": [],
     })
 }
 
