@@ -51,7 +51,8 @@ pub struct Size {
     pub changes: bool,
 }
 
-const PODS: [Ipv4Addr; 4] = [
+/// The addresses of the pods of every case.
+pub const PODS: [Ipv4Addr; 4] = [
     Ipv4Addr::new(10, 1, 16, 10),
     Ipv4Addr::new(10, 1, 16, 200),
     Ipv4Addr::new(10, 1, 17, 20),

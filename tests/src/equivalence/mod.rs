@@ -7,8 +7,8 @@ mod host;
 mod shrink;
 mod world;
 
-pub use case::{Case, Pod, Step};
-pub use generate::{Dice, Size};
+pub use case::{Case, Pod, State, Step};
+pub use generate::{Dice, PODS, Size};
 pub use host::HostNode;
 pub use shrink::shrink;
 pub use world::{Difference, Fate, Node, Sent, Tally, run};

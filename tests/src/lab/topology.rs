@@ -15,7 +15,7 @@ use std::{
 use eniway_policy::model::{GroupList, Groups, Membership};
 
 use super::{
-    agent::{Agent, READY, Settings},
+    agent::{Agent, READY, Settings, put_groups},
     elb::{Elb, Listener},
     error::{Error, Result},
     fabric::{Fabric, Port},
@@ -180,7 +180,7 @@ impl LabBuilder {
         })
     }
 
-    /// Whether the agents run with `fast_path = "all"` (the default) or `"off"`.
+    /// Whether the agents run with a fast path (the default; `"all"`, or `"security-groups"` in a lab that has them) or `"off"`.
     #[must_use]
     pub fn fast_path(mut self, on: bool) -> Self {
         self.fast_path = on;
@@ -438,6 +438,8 @@ impl LabBuilder {
             host_prefixes: &self.host_prefixes,
             mtu: self.mtu,
             vips: &self.vips,
+            groups: self.groups.as_ref(),
+            lists: &self.lists,
         };
         let prepare = |node: &Node| {
             let pods: Vec<&Pod> = hosts.pods.iter().filter(|pod| pod.node == node.name).collect();
@@ -558,6 +560,39 @@ impl Lab {
     /// The load balancer.
     pub fn elb(&self) -> &Elb {
         &self.elb
+    }
+
+    /// Changes security groups: in the VPC first, then in the documents of the agents that run, which have put them in force on
+    /// return.
+    ///
+    /// # Errors
+    ///
+    /// When the lab was built without any, or an agent does not take them.
+    pub fn set_groups(&self, groups: &Groups) -> Result<()> {
+        self.security_groups()?.set_groups(groups.clone());
+        self.change_agents(|document| put_groups(document, groups))
+    }
+
+    /// Changes the security groups of a pod, as [`set_groups`](Self::set_groups) does those of all.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn set_list(&self, pod: &Pod, list: &GroupList) -> Result<()> {
+        self.security_groups()?.set_member(pod.ip, list.clone());
+        let uid = format!("uid-{}", pod.name);
+        self.change_agents(|document| {
+            let entries = document["pods"].as_array_mut().into_iter().flatten();
+            for entry in entries.filter(|entry| entry["uid"] == uid) {
+                entry["security_groups"] = serde_json::json!(list);
+            }
+        })
+    }
+
+    fn change_agents(&self, edit: impl Fn(&mut serde_json::Value)) -> Result<()> {
+        let running = || self.agents.iter().filter(|agent| agent.pid().is_some());
+        self.agents.iter().try_for_each(|agent| agent.change(&edit))?;
+        running().try_for_each(|agent| agent.wait_ready(READY))
     }
 
     /// The security groups of the VPC.
