@@ -13,7 +13,7 @@ use aya::{
 use datapath_common::{
     abi::{Direction, Outcome},
     packet::link::Tag,
-    testing::MemoryTables,
+    testing::{MemoryTables, rules::Row},
 };
 use datapath_user::{
     config::Limits,
@@ -249,7 +249,26 @@ impl Programs {
         });
         self.maps.set_host_dsts(&prefixes.collect())?;
         self.maps.set_vips(&node.vips)?;
+        self.fill_rules(node)?;
         self.fill_memory(node)
+    }
+
+    /// Makes the tables of security groups say what `node` says.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be written.
+    pub fn fill_rules(&mut self, node: &MemoryTables) -> Result<(), TablesError> {
+        let maps = &mut self.maps.policy;
+        for row in node.rules.rows() {
+            match row {
+                Row::Verdict(at, row) => maps.set_verdicts(at, row)?,
+                Row::Class(at, row) => maps.set_class_groups(at, row)?,
+                Row::Program(at, row) => maps.set_programs(at, row)?,
+                Row::Rules(at, row) => maps.set_page(at, row)?,
+            }
+        }
+        maps.set_epoch(node.rules.epoch)
     }
 
     /// Adds what `node` remembers.

@@ -12,8 +12,8 @@ use std::{
 
 use datapath_common::{
     abi::{
-        Direction, Door, Endpoint, Flow, FlowKey, FragmentKey, Origin, Outcome, maps::SERVICE_MARK,
-        outcome::Kind,
+        Admitted, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin, Outcome, PairKey,
+        endpoint::flag, maps::SERVICE_MARK, outcome::Kind, policy::State,
     },
     decide::{Decision, eni_egress, eni_ingress, pod_egress, pod_ingress},
     packet::{
@@ -24,6 +24,7 @@ use datapath_common::{
         Change, GATEWAY, GATEWAY_MAC, METADATA, MemoryTables, NODE, NODE_MAC, PARENT_IFINDEX, PODS, Packet,
         REMOTE, SERVICE, VIP, VIP_IN_SERVICES, node,
         packet::{ACK, SYN, SYN_ACK},
+        rules::{SERVED, judged_node, set_served},
     },
 };
 use datapath_user::{
@@ -153,6 +154,10 @@ fn between(dice: &mut Dice, src: [u8; 4], dst: [u8; 4]) -> Packet {
 }
 
 fn remote(dice: &mut Dice) -> [u8; 4] {
+    // Between pods there is more to decide.
+    if dice.one_in(3) {
+        return dice.of(&PODS).ipv4;
+    }
     dice.of(&ADDRESSES)
 }
 
@@ -412,9 +417,8 @@ struct Side {
 }
 
 impl Side {
-    fn load(fast_path: FastPath, xdp: Xdp) -> Self {
-        let mut node = node();
-        node.fast_path = fast_path == FastPath::All;
+    fn load(fast_path: FastPath, xdp: Xdp, mut node: MemoryTables) -> Self {
+        node.fast_path = fast_path != FastPath::Off;
         let constants = Constants { fast_path, parent: node.parent, xdp };
         let limits = Limits { endpoints: 32, flows: 65_536 };
         let mut programs = Programs::load(constants, &limits).expect("the programs load");
@@ -427,6 +431,44 @@ impl Side {
         self.node.flows.clear();
         self.node.fragments.clear();
         self.node.marks.clear();
+        self.node.pairs.clear();
+    }
+
+    /// Changes the rules, on both sides.
+    fn change_rules(&mut self, dice: &mut Dice) {
+        let rules = &mut self.node.rules;
+        rules.epoch += 1;
+        let served = dice.of(&[&SERVED[..], &SERVED[..2], &[(6, 4000), (17, 53)], &[]]);
+        set_served(rules, rules.epoch & 1, served);
+        self.programs.fill_rules(&self.node).expect("the maps are written");
+    }
+
+    /// Writes an admitted flow of some age on both sides.
+    fn plant_pair(&mut self, dice: &mut Dice) {
+        let proto = dice.of(&[6, 6, 17, 1, 50]);
+        let ports = |dice: &mut Dice| if proto == 50 { 0 } else { dice.of(&PORTS) };
+        let high_port = ports(dice);
+        let key = PairKey {
+            low: PODS[0].id,
+            high: PODS[1].id,
+            low_port: if proto == 1 { high_port } else { ports(dice) },
+            high_port,
+            proto,
+            query: if proto == 1 { dice.of(&[16, 17, 26]) } else { 0 },
+            pad: [0; 2],
+        };
+        let state = dice.of(&[State::New, State::Established, State::Closing]) as u8;
+        let age = dice.of(&[0, 5, Admitted::REFRESH + 20, 40, 80, 160, 260, 7000, 8000]);
+        let flow = Admitted {
+            epoch: self.node.rules.epoch - dice.of(&[0, 0, 1]),
+            seen: now().wrapping_sub(age),
+            opener: dice.of(&[key.low, key.high]),
+            state,
+            code: 0,
+            pad: [0; 2],
+        };
+        self.node.pairs.insert(key, flow);
+        self.programs.maps.policy.set_pair(&key, &flow).expect("the map is written");
     }
 
     /// Writes a flow of some age on both sides, as if something had happened before.
@@ -460,10 +502,12 @@ impl Side {
                 pad: 0,
             };
             let door = dice.of(&[Door::Wire, Door::Local, Door::Host]);
-            self.node.fragments.insert(key, door);
+            let epoch = self.node.rules.epoch.wrapping_sub(dice.of(&[0, 0, 1]));
+            let fragment = Fragment { door: door as u8, pad: [0; 3], epoch };
+            self.node.fragments.insert(key, fragment);
             self.node.marks.insert(key.id);
             let mut only = MemoryTables::default();
-            only.fragments.insert(key, door);
+            only.fragments.insert(key, fragment);
             self.programs.fill_memory(&only).expect("the map is written");
         }
     }
@@ -494,6 +538,10 @@ impl Side {
                     let fragment = maps.fragment(&key).expect("the map is read")?;
                     Some(Change::Fragment(key, Door::from_u8(fragment.door)?))
                 }
+                Change::Admit(key, _) | Change::Retire(key) => {
+                    let flow = maps.policy.pair(&key).expect("the map is read");
+                    Some(flow.map_or(Change::Retire(key), |flow| Change::Admit(key, flow)))
+                }
             })
             .collect();
         (Expected { output, counts, changes }, after)
@@ -508,10 +556,18 @@ impl Side {
         let known: BTreeMap<_, _> =
             self.node.flows.iter().map(|(key, flow)| (format!("{key:?}"), *flow)).collect();
         assert_eq!(flows, known, "flows: in the kernel, on the host");
-        for (key, door) in &self.node.fragments {
-            let found = self.programs.maps.fragment(key).expect("the map is read").map(|found| found.door);
-            assert_eq!(found, Some(*door as u8), "{key:?}");
+        for (key, fragment) in &self.node.fragments {
+            assert_eq!(
+                self.programs.maps.fragment(key).expect("the map is read"),
+                Some(*fragment),
+                "{key:?}"
+            );
         }
+        let pairs = self.programs.maps.policy.pairs().expect("the map is read");
+        let pairs: BTreeMap<_, _> = pairs.into_iter().map(|(key, flow)| (format!("{key:?}"), flow)).collect();
+        let known: BTreeMap<_, _> =
+            self.node.pairs.iter().map(|(key, flow)| (format!("{key:?}"), *flow)).collect();
+        assert_eq!(pairs, known, "admitted flows: in the kernel, on the host");
         for pod in PODS {
             let marked = self.programs.maps.marked(pod.id).expect("the map is read");
             assert_eq!(marked, self.node.marks.contains(&pod.id), "mark of {}", pod.id);
@@ -567,8 +623,19 @@ fn host_and_kernel_decide_alike() {
     println!("ENIWAY_SEED={seed} ENIWAY_PACKETS={packets}");
     let started = Instant::now();
     let mut dice = Dice(seed);
-    let mut sides = [Side::load(FastPath::All, Xdp::Redirect), Side::load(FastPath::Off, Xdp::Guard)];
-    let mut counted = [Counts::new(), Counts::new()];
+    let mut observed = judged_node();
+    observed.endpoints.iter_mut().for_each(|pod| pod.flags = flag::OBSERVE);
+    // Some cannot be judged.
+    observed.endpoints[4].policy_id = 0;
+    let mut judged = judged_node();
+    judged.endpoints[4].policy_id = 0;
+    let mut sides = [
+        Side::load(FastPath::All, Xdp::Redirect, node()),
+        Side::load(FastPath::Off, Xdp::Guard, node()),
+        Side::load(FastPath::SecurityGroups, Xdp::Guard, judged),
+        Side::load(FastPath::All, Xdp::Guard, observed),
+    ];
+    let mut counted = [const { Counts::new() }; 4];
     let mut refused = 0_u64;
     let mut outcomes: BTreeMap<Outcome, u64> = BTreeMap::new();
     for i in 0..packets {
@@ -580,10 +647,16 @@ fn host_and_kernel_decide_alike() {
             }
         }
         // The fast path has more to decide.
-        let which = usize::from(dice.one_in(4));
+        let which = dice.of(&[0, 0, 0, 1, 2, 2, 2, 3]);
         let (side, before) = (&mut sides[which], &mut counted[which]);
         if dice.one_in(20) {
             side.plant(&mut dice);
+        }
+        if which >= 2 && dice.one_in(5) {
+            side.plant_pair(&mut dice);
+        }
+        if which >= 2 && dice.one_in(100) {
+            side.change_rules(&mut dice);
         }
         let case = generate(&mut dice);
 

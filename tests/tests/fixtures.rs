@@ -6,9 +6,12 @@ use std::{cell::RefCell, collections::BTreeSet};
 
 use datapath_common::{
     abi::{
+        Admitted,
         Direction::{self, Egress, Ingress},
-        Door, Endpoint, Flow, FlowKey, FragmentKey, Origin,
+        Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin,
         Outcome::{self, *},
+        PairKey,
+        endpoint::flag,
         maps::SERVICE_MARK,
     },
     packet::link::{TPID_8021AD, TPID_8021Q, Tag},
@@ -16,6 +19,7 @@ use datapath_common::{
         GATEWAY, GATEWAY_MAC, METADATA, MemoryTables, NODE, NODE_MAC, PARENT_IFINDEX, PODS, Packet, REMOTE,
         SERVICE, VIP, VIP_IN_SERVICES, node,
         packet::{ACK, SYN, SYN_ACK, Socket},
+        rules::judged_node,
     },
 };
 use datapath_user::{
@@ -58,6 +62,7 @@ struct Fixture {
     /// What is remembered before: the age is in seconds.
     flows: Vec<(FlowKey, Door, Origin, u32)>,
     fragments: Vec<(FragmentKey, Door)>,
+    pairs: Vec<(PairKey, Admitted)>,
     action: i32,
     /// `None`: the packet as it was.
     out: Option<Vec<u8>>,
@@ -80,6 +85,7 @@ fn fixture(name: &'static str, hook: Hook, packet: &Packet) -> Fixture {
         gso: (0, 0),
         flows: vec![],
         fragments: vec![],
+        pairs: vec![],
         action: 0,
         out: None,
         tag_left: None,
@@ -97,6 +103,12 @@ impl Fixture {
 
     fn beside(self, tpid: u16, tci: u16) -> Self {
         Self { beside: Some(Tag { tpid, tci }), ..self }
+    }
+
+    /// Is admitted to the fast path.
+    fn admitted(mut self, key: PairKey, flow: Admitted) -> Self {
+        self.pairs.push((key, flow));
+        self
     }
 
     /// A GSO packet, of segments with this payload.
@@ -688,6 +700,70 @@ fn pod_egress_fast_path() -> Vec<Fixture> {
     ]
 }
 
+/// [`judged_node`]: A is a client, B a server, C and D are open towards each other.
+fn pod_egress_by_groups() -> Vec<Fixture> {
+    let from = |name, pod: &Endpoint, packet: &Packet| {
+        fixture(name, Hook::PodEgress, &packet.clone().macs(pod.mac, GATEWAY_MAC)).at(pod.ifindex)
+    };
+    let fast = |name, pod: &Endpoint, to: &Endpoint, packet: &Packet| {
+        from(name, pod, packet)
+            .gives(tc::REDIRECT)
+            .leaves(&packet.clone().macs(to.gateway_mac, to.mac))
+            .counts(pod.id, Egress, Local)
+            .counts(to.id, Ingress, Local)
+    };
+    let wire = |name, pod: &Endpoint, packet: &Packet, why| {
+        from(name, pod, packet)
+            .gives(tc::REDIRECT)
+            .leaves_tagged(pod.vid)
+            .counts(pod.id, Egress, Wire)
+            .counts(pod.id, Egress, why)
+    };
+    let (client, server) = ((A.ipv4, 4000), (B.ipv4, 80));
+    let ask = |flags| Packet::tcp(client, server, flags);
+    let answer = |flags| Packet::tcp(server, client, flags);
+    let pair =
+        PairKey { low: A.id, high: B.id, low_port: 4000, high_port: 80, proto: 6, query: 0, pad: [0; 2] };
+    let flow = |epoch| Admitted { epoch, seen: now(), opener: A.id, state: 1, code: 0, pad: [0; 2] };
+    let other = PairKey { high_port: 81, ..pair };
+    vec![
+        fast("all is allowed", &C, &D, &Packet::tcp((C.ipv4, 1), (D.ipv4, 2), SYN)),
+        fast("a first packet that is allowed", &A, &B, &ask(SYN)).counts(A.id, Egress, FlowAdmitted),
+        fast("without state, but allowed", &A, &B, &ask(ACK)).counts(A.id, Egress, FlowReadmitted),
+        fast("an answer of a flow that is allowed", &B, &A, &answer(ACK)).admitted(pair, flow(2)),
+        fast("by other rules, but allowed still", &B, &A, &answer(ACK)).admitted(pair, flow(1)),
+        wire(
+            "by other rules, and not allowed any more",
+            &B,
+            &Packet::tcp((B.ipv4, 81), client, ACK),
+            PolicyRevoked,
+        )
+        .admitted(other, flow(1)),
+        wire("an answer without a flow", &B, &answer(ACK), PolicyNoFlow),
+        wire("a first packet that is not allowed", &B, &answer(SYN), PolicyRefused),
+        wire("nothing is allowed", &A, &Packet::udp(client, (C.ipv4, 80)), PolicyRefused),
+    ]
+}
+
+/// As [`pod_egress_by_groups`], only observed, and B cannot be judged.
+fn pod_egress_observed() -> Vec<Fixture> {
+    let fast = |name, pod: &Endpoint, to: &Endpoint, port, would| {
+        let packet = Packet::tcp((pod.ipv4, 4000), (to.ipv4, port), SYN);
+        fixture(name, Hook::PodEgress, &packet.clone().macs(pod.mac, GATEWAY_MAC))
+            .at(pod.ifindex)
+            .gives(tc::REDIRECT)
+            .leaves(&packet.macs(to.gateway_mac, to.mac))
+            .counts(pod.id, Egress, Local)
+            .counts(pod.id, Egress, would)
+            .counts(to.id, Ingress, Local)
+    };
+    vec![
+        fast("would be fast", &C, &D, 80, WouldFast),
+        fast("would be refused", &A, &D, 80, WouldRefuse),
+        fast("would be left to the VPC", &A, &B, 80, WouldWire),
+    ]
+}
+
 fn pod_egress_hairpin() -> Vec<Fixture> {
     let packet = Packet::tcp((A.ipv4, 4000), (B.ipv4, 80), SYN).macs(A.mac, GATEWAY_MAC);
     vec![
@@ -815,7 +891,10 @@ fn run(programs: &mut Programs, node: &MemoryTables, fixture: &Fixture) {
         let seen = now().wrapping_sub(*age);
         remembered.flows.insert(*key, Flow { door: *door as u8, origin: *origin as u8, seen, ..FIRST });
     }
-    remembered.fragments.extend(fixture.fragments.iter().copied());
+    let epoch = node.rules.epoch;
+    let judged = |door| Fragment { door: door as u8, pad: [0; 3], epoch };
+    remembered.fragments.extend(fixture.fragments.iter().map(|(key, door)| (*key, judged(*door))));
+    remembered.pairs.extend(fixture.pairs.iter().copied());
     programs.reset(node).expect("the maps are written");
     programs.fill_memory(&remembered).expect("the maps are written");
 
@@ -894,20 +973,44 @@ fn load(fast_path: FastPath, xdp: Xdp, node: &MemoryTables) -> Programs {
 /// The interfaces that packets come from; the first is the loopback device, which serves as the parent.
 const INTERFACES: [u32; 4] = [A.ifindex, B.ifindex, C.ifindex, D.ifindex];
 
-fn all() -> Vec<(FastPath, Xdp, Vec<Fixture>)> {
-    let anywhere = || [eni_ingress(), pod_egress_common(), pod_ingress(), eni_egress()].concat();
+fn pod_egress_not_judged() -> Vec<Fixture> {
+    let packet = Packet::tcp((A.ipv4, 4000), (B.ipv4, 80), SYN).macs(A.mac, GATEWAY_MAC);
     vec![
-        (FastPath::All, Xdp::Guard, [anywhere(), pod_egress_fast_path(), eni_xdp_guard()].concat()),
-        (FastPath::Off, Xdp::Redirect, [anywhere(), pod_egress_hairpin(), eni_xdp_redirect()].concat()),
+        fixture("cannot be judged", Hook::PodEgress, &packet)
+            .at(A.ifindex)
+            .gives(tc::REDIRECT)
+            .leaves_tagged(A.vid)
+            .counts(A.id, Egress, Wire)
+            .counts(A.id, Egress, PolicyWire),
+    ]
+}
+
+fn all() -> Vec<(FastPath, Xdp, MemoryTables, Vec<Fixture>)> {
+    let anywhere = || [eni_ingress(), pod_egress_common(), pod_ingress(), eni_egress()].concat();
+    let mut unknown = judged_node();
+    unknown.endpoints[2].policy_id = 0;
+    let mut observed = unknown.clone();
+    observed.endpoints.iter_mut().for_each(|pod| pod.flags = flag::OBSERVE);
+    let judged = FastPath::SecurityGroups;
+    vec![
+        (FastPath::All, Xdp::Guard, node(), [anywhere(), pod_egress_fast_path(), eni_xdp_guard()].concat()),
+        (
+            FastPath::Off,
+            Xdp::Redirect,
+            node(),
+            [anywhere(), pod_egress_hairpin(), eni_xdp_redirect()].concat(),
+        ),
+        (judged, Xdp::Guard, judged_node(), pod_egress_by_groups()),
+        (judged, Xdp::Guard, unknown, pod_egress_not_judged()),
+        (FastPath::All, Xdp::Guard, observed, pod_egress_observed()),
     ]
 }
 
 #[test]
 fn fixtures() {
     private_netns(&INTERFACES);
-    let node = node();
     let mut number = 0;
-    for (fast_path, xdp, fixtures) in all() {
+    for (fast_path, xdp, node, fixtures) in all() {
         let mut programs = load(fast_path, xdp, &node);
         for fixture in &fixtures {
             run(&mut programs, &node, fixture);
@@ -919,7 +1022,7 @@ fn fixtures() {
         let path = format!("{}/fixtures.pcap", env!("CARGO_TARGET_TMPDIR"));
         let fixtures = all();
         let frames: Vec<&[u8]> =
-            fixtures.iter().flat_map(|all| &all.2).map(|fixture| &*fixture.packet).collect();
+            fixtures.iter().flat_map(|all| &all.3).map(|fixture| &*fixture.packet).collect();
         write_pcap(&path, &frames).unwrap();
         panic!(
             "{} of {number} fixtures differ (packets in {path}):\n{}",
@@ -957,7 +1060,7 @@ fn each_parent_has_its_own_vlans() {
 fn every_outcome_is_reached() {
     let reached: BTreeSet<Outcome> = all()
         .into_iter()
-        .flat_map(|(_, _, fixtures)| fixtures)
+        .flat_map(|(_, _, _, fixtures)| fixtures)
         .flat_map(|fixture| fixture.counts)
         .map(|(_, _, outcome)| outcome)
         .collect();

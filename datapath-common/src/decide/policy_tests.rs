@@ -1,18 +1,17 @@
 //! The fast path by security groups: flows, their state, and what becomes of them when rules change.
 
-use std::vec;
-
 use super::pod_egress;
 use crate::{
     abi::{
         Endpoint, Outcome,
         endpoint::flag,
-        policy::{ALLOW, ClassGroups, DENY, KEYS, NOTHING, State, Verdict, interval, timeout, traffic_key},
+        policy::{ALLOW, ClassGroups, DENY, NOTHING, State, interval, timeout, traffic_key},
     },
-    packet::ipv4::{ICMP, TCP, UDP},
+    packet::ipv4::TCP,
     testing::{
-        self, MemoryTables, PODS, Packet,
+        MemoryTables, PODS, Packet,
         packet::{ACK, SYN, SYN_ACK, Socket},
+        rules::{SERVED, judged_node, set_served},
     },
 };
 
@@ -31,46 +30,15 @@ fn wire(remark: Outcome) -> Answer {
     (Outcome::Wire, Some(remark))
 }
 
-/// What a client may send to a server: TCP port 80, UDP port 53, echo requests.
-const SERVES: [(u8, u16); 3] = [(TCP, 80), (UDP, 53), (ICMP, 8 << 8)];
-
-/// Pod 1 is a client (class 1), pod 2 a server (class 2); the server may open nothing towards the client. Pods 3 and 4 are
-/// open towards each other (class 3), and cannot be reached from classes 1 and 2.
 fn node() -> MemoryTables {
-    let mut node = testing::node();
-    for (slot, class) in [(1, 1), (2, 2), (3, 3), (4, 3)] {
-        node.endpoints[slot].policy_id = class;
-        node.endpoints[slot].flags = flag::GROUPS;
-    }
-    let (open, check, refused) = (Verdict::Open as u8, Verdict::Check as u8, Verdict::Refused as u8);
-    node.rules.set_verdicts(1, &[0, open, check, refused]);
-    node.rules.set_verdicts(2, &[0, check, open, refused]);
-    node.rules.set_verdicts(3, &[0, refused, refused, open]);
-    for class in 1..=2u16 {
-        let mut groups = ClassGroups::default();
-        groups.groups[0] = class;
-        node.rules.set_class(class.into(), groups);
-    }
-    allow(&mut node, &SERVES);
-    node
+    judged_node()
 }
 
 /// Lets the client open this traffic towards the server, and nothing else, from now on.
 fn allow(node: &mut MemoryTables, traffic: &[(u8, u16)]) {
-    let mut keys: vec::Vec<u32> = traffic.iter().map(|(proto, port)| traffic_key(*proto, *port)).collect();
-    keys.sort_unstable();
-    let mut list = vec![interval(0, DENY)];
-    for key in keys {
-        list.extend([interval(key, ALLOW), interval(key + 1, DENY)]);
-    }
-    // At 1: all; after it, the list.
-    let mut words = vec![0, 1, interval(0, ALLOW), list.len() as u32];
-    words.extend(list);
-    node.rules.set_words(&words);
-    node.rules.set_programs(1, true, &[0, 1, 1]);
-    node.rules.set_programs(2, false, &[0, 3, 3]);
-    // The server's egress and the client's ingress say nothing: denied.
     node.rules.epoch += 1;
+    let half = node.rules.epoch & 1;
+    set_served(&mut node.rules, half, traffic);
 }
 
 const CLIENT: Endpoint = PODS[0];
@@ -173,7 +141,7 @@ fn a_rule_that_is_taken_away_ends_its_flows() {
     assert_eq!(answer(&mut node, ACK), FAST);
     assert_eq!(node.pairs.values().next().unwrap().epoch, node.rules.epoch);
     for side in [true, false] {
-        allow(&mut node, &SERVES);
+        allow(&mut node, &SERVED);
         ask(&mut node, SYN);
         answer(&mut node, SYN_ACK);
         allow(&mut node, &[(TCP, 81)]);
@@ -215,7 +183,7 @@ fn an_echo_is_answered_and_not_turned_round() {
     assert_eq!(send(&mut node, &SERVER, Packet::icmp(8, b, a, 7)), wire(Outcome::PolicyRefused));
     assert_eq!(send(&mut node, &CLIENT, Packet::icmp(0, a, b, 7)), wire(Outcome::PolicyRefused));
     // A change that allows it still, and one that does not.
-    node.rules.epoch += 1;
+    allow(&mut node, &SERVED);
     assert_eq!(send(&mut node, &SERVER, Packet::icmp(0, b, a, 7)), FAST);
     allow(&mut node, &[]);
     assert_eq!(send(&mut node, &SERVER, Packet::icmp(0, b, a, 7)), wire(Outcome::PolicyRevoked));
@@ -333,5 +301,4 @@ fn the_first_group_that_says_anything_decides() {
     assert_eq!(ask(&mut node, SYN), wire(Outcome::PolicyRefused));
     let other_port = Packet::tcp(HTTP.0, (SERVER.ipv4, 81), SYN);
     assert_eq!(send(&mut node, &CLIENT, other_port), fast(Outcome::FlowAdmitted));
-    const { assert!(KEYS == 1 << 24) };
 }

@@ -113,6 +113,51 @@ impl PolicyMaps {
         self.rules.get(&row, 0).map(|raw| raw.0).map_err(failed(maps::RULES, "read"))
     }
 
+    /// Writes the epoch.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_epoch(&mut self, epoch: u32) -> Result<(), TablesError> {
+        self.epoch.set(0, epoch, 0).map_err(failed(maps::EPOCH, "write"))
+    }
+
+    /// Writes a row of verdicts.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_verdicts(&mut self, row: u32, verdicts: &VerdictRow) -> Result<(), TablesError> {
+        self.verdict.set(row, Raw(*verdicts), 0).map_err(failed(maps::VERDICT, "write"))
+    }
+
+    /// Writes the groups of a class.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_class_groups(&mut self, row: u32, groups: &ClassGroups) -> Result<(), TablesError> {
+        self.class.set(row, Raw(*groups), 0).map_err(failed(maps::CLASS, "write"))
+    }
+
+    /// Writes a group's programs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_programs(&mut self, row: u32, programs: &ProgramRow) -> Result<(), TablesError> {
+        self.program.set(row, Raw(*programs), 0).map_err(failed(maps::PROGRAM, "write"))
+    }
+
+    /// Writes a page of programs.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_page(&mut self, row: u32, page: &Page) -> Result<(), TablesError> {
+        self.rules.set(row, Raw(*page), 0).map_err(failed(maps::RULES, "write"))
+    }
+
     /// A flow that was admitted to the fast path.
     ///
     /// # Errors
@@ -200,7 +245,7 @@ impl PolicyMaps {
     }
 
     fn switch(&mut self, epoch: u32) -> Result<(), TablesError> {
-        self.epoch.set(0, epoch, 0).map_err(failed(maps::EPOCH, "write"))?;
+        self.set_epoch(epoch)?;
         self.wait_for_programs();
         Ok(())
     }
@@ -223,8 +268,8 @@ impl PolicyMaps {
             }
             let list = rules.lists.get(&class).copied().unwrap_or_default();
             let at = class_row(class, epoch);
-            self.verdict.set(at, Raw(row), 0).map_err(failed(maps::VERDICT, "write"))?;
-            self.class.set(at, Raw(list), 0).map_err(failed(maps::CLASS, "write"))?;
+            self.set_verdicts(at, &row)?;
+            self.set_class_groups(at, &list)?;
             rows += 1;
         }
         rows += self.write_programs(epoch, &rules.programs, before.map(|known| &known.programs))?;
@@ -239,7 +284,7 @@ impl PolicyMaps {
             let mut page = Page { words: [0; PAGE_WORDS] };
             page.words[..words.len()].copy_from_slice(&words);
             let at = page_row((number * PAGE_WORDS) as u32, epoch);
-            self.rules.set(at, Raw(page), 0).map_err(failed(maps::RULES, "write"))?;
+            self.set_page(at, &page)?;
             rows += 1;
         }
         Ok(rows)
@@ -260,7 +305,7 @@ impl PolicyMaps {
             let mut row = ProgramRow { programs: [0; CLASSES] };
             row.programs[..starts.len()].copy_from_slice(starts);
             let at = program_row(*group, *egress, epoch);
-            self.program.set(at, Raw(row), 0).map_err(failed(maps::PROGRAM, "write"))?;
+            self.set_programs(at, &row)?;
             rows += 1;
         }
         Ok(rows)
