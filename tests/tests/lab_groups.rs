@@ -18,7 +18,7 @@ use std::{
 
 use eniway_policy::model::{GroupList, Groups};
 use eniway_tests::{
-    equivalence::{Case, Dice, PODS, Size, State, Step},
+    equivalence::{Case, Datagrams, Dice, HostNode, Node as _, PODS, Size, State, Step, new_to_the_vpc},
     lab::{
         Error, GATEWAY_MAC, Lab, LabBuilder, Mac, Netns, Pod, PodSpec, Result,
         agent::READY,
@@ -275,11 +275,15 @@ fn silence(pod: &Pod) -> Result<()> {
 fn run(lab: &Lab, case: &Case, seed: u64) -> Result<[u64; 3]> {
     let mut state = case.state();
     let mut vpc = Vpc::default();
+    // It knows which pairs are open.
+    let mut node = HostNode::new(true);
     // Nothing of the case before.
     for address in PODS {
         lab.security_groups()?.remove_member(address);
     }
     enforce(lab, &state, &mut vpc)?;
+    node.enforce(&state, None);
+    let mut datagrams = Datagrams::default();
     let pods: Vec<&Pod> = lab.pods().iter().collect();
     let number = |ip: Ipv4Addr| PODS.iter().position(|pod| *pod == ip).expect("a pod");
     let senders = pods.iter().map(|pod| Sender::open(&pod.netns, "eth0")).collect::<Result<Vec<_>>>()?;
@@ -288,10 +292,21 @@ fn run(lab: &Lab, case: &Case, seed: u64) -> Result<[u64; 3]> {
     let (start, mut ident, mut seen) = (Instant::now(), 0, [0; 3]);
     for (at, step) in case.steps.iter().enumerate() {
         let Step::Send(packet, more) = step else {
+            let before = state.clone();
             state.apply(step);
             enforce(lab, &state, &mut vpc)?;
+            let open = node.open_pairs();
+            node.enforce(&state, None);
+            for (a, b) in new_to_the_vpc(&before, &state, &open, &node.open_pairs()) {
+                vpc.forget_between(a, b);
+                lab.security_groups()?.forget_between(a, b);
+            }
+            datagrams.changed();
             continue;
         };
+        if !datagrams.is_whole(packet) {
+            continue;
+        }
         ident += 1;
         let packet = match packet.part {
             Part::Whole => Packet { ident, ..*packet },

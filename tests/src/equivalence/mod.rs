@@ -11,4 +11,4 @@ pub use case::{Case, Pod, State, Step};
 pub use generate::{Dice, PODS, Size};
 pub use host::HostNode;
 pub use shrink::shrink;
-pub use world::{Difference, Fate, Node, Sent, Tally, run};
+pub use world::{Datagrams, Difference, Fate, Node, Sent, Tally, new_to_the_vpc, run};

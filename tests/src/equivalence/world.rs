@@ -135,8 +135,8 @@ impl<'n, N: Node> World<'n, N> {
         Self { node, vpc, now: Duration::from_secs(1000) }
     }
 
-    /// The VPC first, then the agent. `handed_over`: pods that the agent could judge, and cannot any more.
-    fn change(&mut self, state: &State, step: &Step, handed_over: &[Ipv4Addr]) {
+    /// The VPC first, then the agent.
+    fn change(&mut self, before: &State, state: &State, step: &Step) {
         let replaced = if let Step::Replace(pod, _) = step { Some(*pod) } else { None };
         if let Some(pod) = replaced {
             self.vpc.remove_member(state.pods[pod].address);
@@ -145,11 +145,10 @@ impl<'n, N: Node> World<'n, N> {
         for (address, membership) in state.members() {
             self.vpc.set_member(address, membership);
         }
-        handed_over.iter().for_each(|pod| self.vpc.forget(*pod));
         let open = self.node.open_pairs();
         self.node.enforce(state, replaced);
-        for (a, b) in open.difference(&self.node.open_pairs()) {
-            self.vpc.forget_between(state.pods[*a].address, state.pods[*b].address);
+        for (a, b) in new_to_the_vpc(before, state, &open, &self.node.open_pairs()) {
+            self.vpc.forget_between(a, b);
         }
     }
 
@@ -186,8 +185,7 @@ pub fn run<N: Node>(case: &Case, fast: &mut N, slow: &mut N) -> Result<Tally, Di
     let mut worlds = [World::new(fast, &state), World::new(slow, &state)];
     let number: BTreeMap<Ipv4Addr, usize> =
         case.pods.iter().enumerate().map(|(number, pod)| (pod.address, number)).collect();
-    // Whoever changes rules in the middle of a datagram may lose its end.
-    let mut whole = Datagrams::default();
+    let mut datagrams = Datagrams::default();
     let mut tally = Tally::default();
     for (at, step) in case.steps.iter().enumerate() {
         let (packet, more) = match step {
@@ -199,15 +197,14 @@ pub fn run<N: Node>(case: &Case, fast: &mut N, slow: &mut N) -> Result<Tally, Di
             Step::Groups(_) | Step::List(..) | Step::Replace(..) => {
                 let before = state.clone();
                 state.apply(step);
-                let handed_over = handed_over(&before, &state);
-                worlds.iter_mut().for_each(|world| world.change(&state, step, &handed_over));
-                whole.forget();
+                worlds.iter_mut().for_each(|world| world.change(&before, &state, step));
+                datagrams.changed();
                 continue;
             }
         };
         let (from, to) = (number[&packet.src], number[&packet.dst]);
         let bytes = packet.write(more);
-        if bytes.len() > mtu(from) || !whole.may_send(packet) {
+        if bytes.len() > mtu(from) || !datagrams.is_whole(packet) {
             continue;
         }
         let [fast, slow] = worlds.each_mut().map(|world| world.send(from, to, packet, &bytes));
@@ -224,29 +221,41 @@ pub fn run<N: Node>(case: &Case, fast: &mut N, slow: &mut N) -> Result<Tally, Di
     Ok(tally)
 }
 
-/// Pods that the agent could judge, and cannot any more. Their flows of the fast path go on by the wire and are new to the VPC:
-/// that is what a node cannot mend. So it is with flows between pods where everything was allowed, which nobody remembers.
-/// The test goes on as if the VPCs of both worlds had forgotten them.
-fn handed_over(before: &State, after: &State) -> Vec<Ipv4Addr> {
-    let pods = before.pods.iter().zip(&after.pods);
-    pods.filter(|(old, new)| before.is_decidable(old) && !after.is_decidable(new))
-        .map(|(old, _)| old.address)
-        .collect()
+/// Pairs of pods whose flows of the fast path go on by the wire after a change, and are new to the VPC: those of a pod that the
+/// agent could judge and cannot any more, and those between pods where everything was allowed and is not any more, as nobody
+/// remembers them. That is what a node cannot mend; a test goes on as if the VPC of a world without a fast path had forgotten
+/// them too.
+pub fn new_to_the_vpc(
+    before: &State,
+    after: &State,
+    open_before: &BTreeSet<(usize, usize)>,
+    open_after: &BTreeSet<(usize, usize)>,
+) -> Vec<(Ipv4Addr, Ipv4Addr)> {
+    let handed_over =
+        |pod: usize| before.is_decidable(&before.pods[pod]) && !after.is_decidable(&after.pods[pod]);
+    let all = (0..after.pods.len()).flat_map(|a| (a + 1..after.pods.len()).map(move |b| (a, b)));
+    all.filter(|pair @ (a, b)| {
+        handed_over(*a) || handed_over(*b) || open_before.contains(pair) && !open_after.contains(pair)
+    })
+    .map(|(a, b)| (after.pods[a].address, after.pods[b].address))
+    .collect()
 }
 
-/// Datagrams in the middle of which there was a change.
-#[derive(Default)]
-struct Datagrams {
+/// Datagrams in the middle of which there was a change: who changes rules then may lose the rest of them.
+#[derive(Debug, Default)]
+pub struct Datagrams {
     begun: HashSet<(Ipv4Addr, Ipv4Addr, u8, u16)>,
     cut: HashSet<(Ipv4Addr, Ipv4Addr, u8, u16)>,
 }
 
 impl Datagrams {
-    fn forget(&mut self) {
+    /// There was a change.
+    pub fn changed(&mut self) {
         self.cut.extend(self.begun.drain());
     }
 
-    fn may_send(&mut self, packet: &Packet) -> bool {
+    /// Whether the packet is of a datagram without a change since its first fragment.
+    pub fn is_whole(&mut self, packet: &Packet) -> bool {
         let datagram = (packet.src, packet.dst, packet.proto, packet.ident);
         match packet.part {
             Part::Whole => true,

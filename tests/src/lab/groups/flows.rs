@@ -108,14 +108,9 @@ impl Vpc {
     /// The pod with this address is gone, or has no rules from here on; its flows are over.
     pub fn remove_member(&mut self, address: Ipv4Addr) {
         self.members.remove(&address);
-        self.forget(address);
-        self.judge_again();
-    }
-
-    /// Forgets all flows and fragments from and to an address.
-    pub fn forget(&mut self, address: Ipv4Addr) {
         self.flows.retain(|_, flow| flow.first.src != address && flow.first.dst != address);
         self.fates.retain(|(src, dst, ..), _| *src != address && *dst != address);
+        self.judge_again();
     }
 
     /// Forgets all flows between two addresses.
