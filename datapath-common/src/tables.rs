@@ -32,10 +32,10 @@ pub trait Rules {
 pub trait Tables: Rules {
     /// Slot of the pod that has this VLAN id on the parent the program is attached to; 0 = none. `vid` is below 4096.
     fn subeni(&self, vid: u16) -> u32;
-    /// Slot of the pod behind a host-side interface; 0 = none.
-    fn pod_by_ifindex(&self, ifindex: u32) -> u32;
-    /// Slot of the pod with this address on this node; 0 = none.
-    fn pod_by_ipv4(&self, address: [u8; 4]) -> u32;
+    /// The pod behind a host-side interface.
+    fn pod_by_ifindex(&self, ifindex: u32) -> Option<&Endpoint>;
+    /// The pod with this address on this node.
+    fn pod_by_ipv4(&self, address: [u8; 4]) -> Option<&Endpoint>;
     /// The record in a slot.
     fn endpoint(&self, slot: u32) -> Option<&Endpoint>;
     /// Flags ([`host_dst`](crate::abi::maps::host_dst)) of the longest prefix that holds the address; 0 = none.

@@ -74,20 +74,30 @@ unsafe fn store<T: Plain>(start: usize, end: usize, offset: usize, bytes: T) -> 
     Some(())
 }
 
+/// Copied as words: LLVM makes a call, and there a loop, of a copy of six bytes.
+#[inline(always)]
+const fn word(a: u8, b: u8, c: u8, d: u8) -> u32 {
+    u32::from_ne_bytes([a, b, c, d])
+}
+
 /// A socket buffer at a tc hook.
 pub struct Skb(*mut __sk_buff);
 
 impl Skb {
-    /// Takes the hook's argument, and makes the headers readable in place.
+    /// Takes the hook's argument. Only what the kernel has in place of the headers can be read: see [`Skb::pull`].
     #[inline(always)]
     pub fn new(ctx: &TcContext) -> Self {
-        let skb = Self(ctx.skb.skb);
-        let wanted = if skb.len() < HEADERS { skb.len() } else { HEADERS };
-        if ctx.data_end() - ctx.data() < wanted as usize {
+        Self(ctx.skb.skb)
+    }
+
+    /// Makes all headers readable.
+    #[inline(always)]
+    pub fn pull(&self) {
+        let wanted = if self.len() < HEADERS { self.len() } else { HEADERS };
+        if self.end() - self.start() < wanted as usize {
             // SAFETY: the pointer is the hook's argument. On failure the headers count as cut off.
-            let _ = unsafe { bpf_skb_pull_data(skb.0, wanted) };
+            let _ = unsafe { bpf_skb_pull_data(self.0, wanted) };
         }
-        skb
     }
 
     /// The VLAN tag that the kernel took out of the frame.
@@ -143,13 +153,24 @@ impl Skb {
     /// Sets the destination MAC.
     #[inline(always)]
     pub fn set_dst_mac(&self, mac: [u8; 6]) -> Option<()> {
-        self.store(DST_MAC, mac)
+        let [a, b, c, d, e, f] = mac;
+        self.store(DST_MAC, word(a, b, c, d))?;
+        self.store(DST_MAC + 4, u16::from_ne_bytes([e, f]))
     }
 
     /// Sets the source MAC.
     #[inline(always)]
     pub fn set_src_mac(&self, mac: [u8; 6]) -> Option<()> {
-        self.store(SRC_MAC, mac)
+        let [a, b, c, d, e, f] = mac;
+        self.store(SRC_MAC, word(a, b, c, d))?;
+        self.store(SRC_MAC + 4, u16::from_ne_bytes([e, f]))
+    }
+
+    /// Sets both MACs.
+    #[inline(always)]
+    pub fn set_macs(&self, dst: [u8; 6], src: [u8; 6]) -> Option<()> {
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (dst, src);
+        self.store(DST_MAC, [word(a, b, c, d), word(e, f, g, h), word(i, j, k, l)])
     }
 
     /// Takes the tag off.
@@ -267,8 +288,12 @@ impl Buff {
     /// Sets the destination MAC.
     #[inline(always)]
     pub fn set_dst_mac(&self, mac: [u8; 6]) -> Option<()> {
+        let [a, b, c, d, e, f] = mac;
         // SAFETY: `start..end` is this frame's memory.
-        unsafe { store(self.start(), self.end(), DST_MAC, mac) }
+        unsafe {
+            store(self.start(), self.end(), DST_MAC, word(a, b, c, d))?;
+            store(self.start(), self.end(), DST_MAC + 4, u16::from_ne_bytes([e, f]))
+        }
     }
 
     /// Takes the tag out of the frame: the MACs move up over it.

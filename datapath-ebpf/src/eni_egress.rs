@@ -3,7 +3,10 @@
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Endpoint, Outcome},
-    decide::eni_egress::decide,
+    decide::{
+        Decision,
+        eni_egress::{decide_any, decide_plain},
+    },
 };
 
 use crate::{
@@ -15,10 +18,18 @@ use crate::{
 #[classifier]
 pub fn eni_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
-    let mut decision = decide(&Kernel, &skb, skb.tag());
+    if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag()) {
+        return finish(&skb, decision);
+    }
+    skb.pull();
+    finish(&skb, decide_any(&Kernel, &skb, skb.tag()))
+}
+
+#[inline(always)]
+fn finish(skb: &Skb, mut decision: Decision<'_>) -> i32 {
     let (Outcome::Wire, Some(pod)) = (decision.outcome, decision.pod) else { return ctx::NEXT };
     let load = skb.load_of();
-    let action = ctx::or_truncated(tag(&skb, pod), &mut decision);
+    let action = ctx::or_truncated(tag(skb, pod), &mut decision);
     count_decision(&decision, Direction::Egress, load);
     action
 }
@@ -26,8 +37,7 @@ pub fn eni_egress(ctx: TcContext) -> i32 {
 /// Tags the frame; one that was routed to another parent than its pod's moves there.
 #[inline(always)]
 fn tag(skb: &Skb, pod: &Endpoint) -> Option<i32> {
-    skb.set_dst_mac(pod.gateway_mac)?;
-    skb.set_src_mac(pod.wire_mac)?;
+    skb.set_macs(pod.gateway_mac, pod.wire_mac)?;
     skb.push_tag(pod.vid)?;
     if pod.parent_ifindex == skb.ifindex() {
         Some(ctx::NEXT)

@@ -3,7 +3,10 @@
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Endpoint, Outcome},
-    decide::{Decision, eni_ingress::decide},
+    decide::{
+        Decision,
+        eni_ingress::{decide_any, decide_plain},
+    },
 };
 
 use crate::{
@@ -15,9 +18,17 @@ use crate::{
 #[classifier]
 pub fn eni_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
+    if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag()) {
+        return finish(&skb, decision);
+    }
+    skb.pull();
+    finish(&skb, decide_any(&Kernel, &skb, skb.tag()))
+}
+
+#[inline(always)]
+fn finish(skb: &Skb, mut decision: Decision<'_>) -> i32 {
     let load = skb.load_of();
-    let mut decision = decide(&Kernel, &skb, skb.tag());
-    let action = act(&skb, &mut decision);
+    let action = act(skb, &mut decision);
     count_decision(&decision, Direction::Ingress, load);
     action
 }

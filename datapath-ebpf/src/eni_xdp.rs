@@ -4,7 +4,10 @@
 use aya_ebpf::{macros::xdp, programs::XdpContext};
 use datapath_common::{
     abi::{Direction, Endpoint, Outcome, outcome::Kind},
-    decide::eni_ingress::{admit, route},
+    decide::{
+        Decision,
+        eni_ingress::{admit, admit_plain, route},
+    },
     packet::ipv4::{Ipv4, Part, TCP},
 };
 
@@ -19,13 +22,27 @@ use crate::{
 pub fn eni_xdp(ctx: XdpContext) -> u32 {
     let frame = Buff::new(&ctx);
     let mut won = false;
-    let mut decision = admit(&Kernel, &frame, None, |pod, ip| {
-        won = config::XDP_REDIRECT.load() != 0 && wins_at(ip);
+    let plain = admit_plain(&Kernel, &frame, |pod, ip| {
+        won = wins_at(ip);
         if won { Some(route(&Kernel, pod, ip)) } else { None }
     });
+    if let Some(decision) = plain {
+        return finish(&frame, decision, won);
+    }
+    let mut won = false;
+    let decision = admit(&Kernel, &frame, None, |pod, ip| {
+        won = wins_at(ip);
+        if won { Some(route(&Kernel, pod, ip)) } else { None }
+    });
+    finish(&frame, decision, won)
+}
+
+/// Counts and acts; a frame that tc is to deliver is counted there.
+#[inline(always)]
+fn finish(frame: &Buff, mut decision: Decision<'_>, won: bool) -> u32 {
     let load = frame.load_of();
     let action = match (decision.outcome, decision.pod) {
-        (Outcome::Wire, Some(pod)) if won => ctx::or_truncated(deliver(&frame, pod), &mut decision),
+        (Outcome::Wire, Some(pod)) if won => ctx::or_truncated(deliver(frame, pod), &mut decision),
         (outcome, _) if outcome.kind() as u8 != Kind::Drop as u8 => return ctx::XDP_PASS,
         _ => ctx::XDP_DROP,
     };
@@ -36,7 +53,7 @@ pub fn eni_xdp(ctx: XdpContext) -> u32 {
 /// TCP is better off with GRO and the checksum state that a frame cannot carry; the rest may skip the skb on this side.
 #[inline(always)]
 fn wins_at(ip: &Ipv4) -> bool {
-    ip.proto != TCP && matches!(ip.part, Part::Whole)
+    config::XDP_REDIRECT.load() != 0 && ip.proto != TCP && matches!(ip.part, Part::Whole)
 }
 
 #[inline(always)]

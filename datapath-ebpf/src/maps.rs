@@ -15,8 +15,8 @@ use datapath_common::{
     abi::{
         Admitted, CounterRow, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
         maps::{
-            DEFAULT_ENDPOINTS, DEFAULT_FLOWS, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS, MAX_VIPS,
-            SLOTS_PER_ENDPOINT, VLANS, VipKey,
+            DEFAULT_ENDPOINTS, DEFAULT_FLOWS, DIRECT, HOST_DST_WORDS, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS,
+            MAX_VIPS, SLOTS_PER_ENDPOINT, VLANS, VipKey, direct_ifindex, direct_ipv4, host_dst_bit,
         },
         policy::{ClassGroups, MAX_GROUPS, PAGES, Page, ProgramRow, VerdictRow},
     },
@@ -35,6 +35,12 @@ static SUBENI: Array<u32> = Array::with_max_entries(MAX_PARENTS * VLANS, 0);
 /// Written by the agent; read by `pod_egress` and `pod_ingress`; lives as long as the pod.
 #[map]
 static POD_IF: HashMap<u32, u32> = HashMap::with_max_entries(DEFAULT_ENDPOINTS, 0);
+/// Written by the agent; read by `pod_egress` and `pod_ingress`; lives as long as the pod.
+#[map]
+static POD_IF_DIRECT: Array<u32> = Array::with_max_entries(DIRECT, 0);
+/// Written by the agent; read by every hook; lives as long as the pod.
+#[map]
+static POD_IP4_DIRECT: Array<u32> = Array::with_max_entries(DIRECT, 0);
 /// Written by the agent; read by every hook; lives as long as the pod.
 #[map]
 static POD_IP4: HashMap<[u8; 4], u32> = HashMap::with_max_entries(DEFAULT_ENDPOINTS, 0);
@@ -44,6 +50,9 @@ static POD_IP6: HashMap<[u8; 16], u32> = HashMap::with_max_entries(DEFAULT_ENDPO
 /// Written by the agent; read by every hook but `eni_egress`; lives as long as the configuration names it.
 #[map]
 static HOST_DST: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(MAX_HOST_DST, BPF_F_NO_PREALLOC);
+/// Written by the agent; read by every hook but `eni_egress`; lives as long as the configuration names its prefixes.
+#[map]
+static HOST_DST_BITS: Array<u64> = Array::with_max_entries(HOST_DST_WORDS, 0);
 /// Written by the agent; read by `pod_egress`; lives as long as the load balancer.
 #[map]
 static VIPS: HashMap<VipKey, u32> = HashMap::with_max_entries(MAX_VIPS, BPF_F_NO_PREALLOC);
@@ -134,15 +143,33 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn pod_by_ifindex(&self, ifindex: u32) -> u32 {
+    fn pod_by_ifindex(&self, ifindex: u32) -> Option<&Endpoint> {
+        let slot = POD_IF_DIRECT.get(direct_ifindex(ifindex)).copied().unwrap_or(0);
+        if slot == 0 {
+            return None;
+        }
+        if let Some(pod) = ENDPOINT.get(slot)
+            && pod.ifindex == ifindex
+        {
+            return Some(pod);
+        }
         // SAFETY: the value is copied at once; the agent may replace, never free it under us (RCU).
-        unsafe { POD_IF.get(&ifindex) }.copied().unwrap_or(0)
+        self.endpoint(unsafe { POD_IF.get(&ifindex) }.copied().unwrap_or(0))
     }
 
     #[inline(always)]
-    fn pod_by_ipv4(&self, address: [u8; 4]) -> u32 {
+    fn pod_by_ipv4(&self, address: [u8; 4]) -> Option<&Endpoint> {
+        let slot = POD_IP4_DIRECT.get(direct_ipv4(address)).copied().unwrap_or(0);
+        if slot == 0 {
+            return None;
+        }
+        if let Some(pod) = ENDPOINT.get(slot)
+            && u32::from_ne_bytes(pod.ipv4) == u32::from_ne_bytes(address)
+        {
+            return Some(pod);
+        }
         // SAFETY: as above.
-        unsafe { POD_IP4.get(&address) }.copied().unwrap_or(0)
+        self.endpoint(unsafe { POD_IP4.get(&address) }.copied().unwrap_or(0))
     }
 
     #[inline(always)]
@@ -152,6 +179,10 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn host_dst(&self, address: [u8; 4]) -> u32 {
+        let (word, bit) = host_dst_bit(address);
+        if HOST_DST_BITS.get(word).is_none_or(|bits| bits & bit == 0) {
+            return 0;
+        }
         HOST_DST.get(&Key::new(32, address)).copied().unwrap_or(0)
     }
 

@@ -3,7 +3,10 @@
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Endpoint, Outcome, maps::SERVICE_MARK},
-    decide::{Decision, pod_egress::decide},
+    decide::{
+        Decision,
+        pod_egress::{decide_any, decide_plain},
+    },
     packet::{Frame as _, arp},
 };
 
@@ -16,9 +19,22 @@ use crate::{
 #[classifier]
 pub fn pod_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
+    if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()) {
+        // Each on its own, the common ways know all the rest by heart.
+        return match decision.outcome {
+            Outcome::Local => finish(&skb, Decision { outcome: Outcome::Local, ..decision }),
+            Outcome::Wire => finish(&skb, Decision { outcome: Outcome::Wire, ..decision }),
+            _ => finish(&skb, decision),
+        };
+    }
+    skb.pull();
+    finish(&skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()))
+}
+
+#[inline(always)]
+fn finish(skb: &Skb, mut decision: Decision<'_>) -> i32 {
     let load = skb.load_of();
-    let mut decision = decide(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size());
-    let action = act(&skb, &mut decision);
+    let action = act(skb, &mut decision);
     count_decision(&decision, Direction::Egress, load);
     if let Some(to) = decision.to {
         count(to.id, Direction::Ingress, decision.outcome, load);
@@ -29,8 +45,10 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
     let action = match (decision.outcome, decision.pod, decision.to) {
-        (Outcome::Wire, Some(pod), _) => skb.set_dst_mac(pod.gateway_mac).and_then(|()| to_wire(skb, pod)),
-        (Outcome::WireArp, Some(pod), _) => to_wire(skb, pod),
+        (Outcome::Wire, Some(pod), _) => {
+            skb.set_macs(pod.gateway_mac, pod.wire_mac).and_then(|()| to_wire(skb, pod))
+        }
+        (Outcome::WireArp, Some(pod), _) => skb.set_src_mac(pod.wire_mac).and_then(|()| to_wire(skb, pod)),
         (Outcome::Local, _, Some(to)) => to_pod(skb, to),
         (Outcome::Host, _, _) => Some(skb.accept()),
         (Outcome::HostService, _, _) => {
@@ -45,7 +63,6 @@ fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
 
 #[inline(always)]
 fn to_wire(skb: &Skb, pod: &Endpoint) -> Option<i32> {
-    skb.set_src_mac(pod.wire_mac)?;
     skb.push_tag(pod.vid)?;
     Some(out_of(pod.parent_ifindex) as i32)
 }
@@ -53,8 +70,7 @@ fn to_wire(skb: &Skb, pod: &Endpoint) -> Option<i32> {
 /// As the fabric would have delivered it: from the gateway's MAC.
 #[inline(always)]
 fn to_pod(skb: &Skb, to: &Endpoint) -> Option<i32> {
-    skb.set_dst_mac(to.mac)?;
-    skb.set_src_mac(to.gateway_mac)?;
+    skb.set_macs(to.mac, to.gateway_mac)?;
     Some(into_pod(to.ifindex))
 }
 
@@ -67,8 +83,7 @@ fn answer_arp(skb: &Skb, pod: &Endpoint) -> Option<i32> {
     const TARGET_MAC: usize = SENDER + 4;
     const TARGET: usize = TARGET_MAC + 6;
     let asker: [u8; 4] = skb.load(SENDER)?;
-    skb.set_dst_mac(pod.mac)?;
-    skb.set_src_mac(pod.gateway_mac)?;
+    skb.set_macs(pod.mac, pod.gateway_mac)?;
     skb.store(OPERATION, arp::REPLY.to_be_bytes())?;
     skb.store(SENDER_MAC, pod.gateway_mac)?;
     skb.store(SENDER, pod.gateway_ipv4)?;

@@ -3,7 +3,10 @@
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Outcome},
-    decide::pod_ingress::decide,
+    decide::{
+        Decision,
+        pod_ingress::{decide_any, decide_plain},
+    },
 };
 
 use crate::{
@@ -15,7 +18,16 @@ use crate::{
 #[classifier]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
-    let decision = decide(&Kernel, &skb, skb.tag(), skb.ifindex());
+    if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex()) {
+        return finish(&skb, decision);
+    }
+    skb.pull();
+    finish(&skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex()))
+}
+
+#[inline(always)]
+#[expect(clippy::needless_pass_by_value, reason = "inlined")]
+fn finish(skb: &Skb, decision: Decision<'_>) -> i32 {
     count_decision(&decision, Direction::Ingress, skb.load_of());
     match decision.outcome {
         Outcome::Host => ctx::NEXT,

@@ -209,12 +209,12 @@ impl Tables for LiveTables {
         self.slot(maps::SUBENI, key, Index::Vlan { parent, vid })
     }
 
-    fn pod_by_ifindex(&self, ifindex: u32) -> u32 {
-        self.slot(maps::POD_IF, format_args!("interface {ifindex}"), Index::Interface(ifindex))
+    fn pod_by_ifindex(&self, ifindex: u32) -> Option<&Endpoint> {
+        self.endpoint(self.slot(maps::POD_IF, format_args!("interface {ifindex}"), Index::Interface(ifindex)))
     }
 
-    fn pod_by_ipv4(&self, address: [u8; 4]) -> u32 {
-        self.slot(maps::POD_IP4, Ipv4Addr::from(address), Index::Ipv4(address))
+    fn pod_by_ipv4(&self, address: [u8; 4]) -> Option<&Endpoint> {
+        self.endpoint(self.slot(maps::POD_IP4, Ipv4Addr::from(address), Index::Ipv4(address)))
     }
 
     fn endpoint(&self, slot: u32) -> Option<&Endpoint> {

@@ -10,10 +10,19 @@ pub const SUBENI: &str = "SUBENI";
 pub const POD_IF: &str = "POD_IF";
 /// Address of a pod on this node → slot. Hash, `[u8; 4]` → `u32`.
 pub const POD_IP4: &str = "POD_IP4";
+/// [`POD_IF`] by the low 16 bits of its keys, so that one array look-up replaces that of a hash map. Array of `u32`: the slot of
+/// the one pod with such a key, whose record tells whether it is the pod in question; 0 = no pod; [`SHARED`] = look into
+/// [`POD_IF`].
+pub const POD_IF_DIRECT: &str = "POD_IF_DIRECT";
+/// The same for [`POD_IP4`].
+pub const POD_IP4_DIRECT: &str = "POD_IP4_DIRECT";
 /// IPv6 address of a pod on this node → slot. Hash, `[u8; 16]` → `u32`. Filled, and not yet asked by the programs.
 pub const POD_IP6: &str = "POD_IP6";
 /// Destinations that are not left to the wire. LPM trie, prefix → [`host_dst`] flags.
 pub const HOST_DST: &str = "HOST_DST";
+/// Which addresses [`HOST_DST`] has to be asked about. Array of `u64`, bits by [`host_dst_bit`]: where an address's bit is 0, no
+/// prefix holds it.
+pub const HOST_DST_BITS: &str = "HOST_DST_BITS";
 /// Virtual addresses of load balancers, which go to the wire whatever `HOST_DST` says. Hash, [`VipKey`] → `u32` (1).
 pub const VIPS: &str = "VIPS";
 /// Remembered flows. LRU hash, [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow).
@@ -44,9 +53,28 @@ pub const PAIRS: &str = "PAIRS";
 pub const PAIR_MARK: &str = "PAIR_MARK";
 
 /// All maps, in the order of creation.
-pub const ALL: [&str; 18] = [
-    ENDPOINT, SUBENI, POD_IF, POD_IP4, POD_IP6, HOST_DST, VIPS, FLOWS, FLOW_MARK, FRAGS, COUNTERS, EPOCH,
-    VERDICT, CLASS, PROGRAM, RULES, PAIRS, PAIR_MARK,
+pub const ALL: [&str; 21] = [
+    ENDPOINT,
+    SUBENI,
+    POD_IF,
+    POD_IF_DIRECT,
+    POD_IP4,
+    POD_IP4_DIRECT,
+    POD_IP6,
+    HOST_DST,
+    HOST_DST_BITS,
+    VIPS,
+    FLOWS,
+    FLOW_MARK,
+    FRAGS,
+    COUNTERS,
+    EPOCH,
+    VERDICT,
+    CLASS,
+    PROGRAM,
+    RULES,
+    PAIRS,
+    PAIR_MARK,
 ];
 
 /// Load-time constant (`u8`): 1 = pod-to-pod traffic on the node takes the fast path as far as the pods'
@@ -65,6 +93,12 @@ pub const SERVICE_MARK: u32 = 0x1000;
 
 /// Entries of `SUBENI` for each parent: all values of a 12-bit VLAN id.
 pub const VLANS: u32 = 4096;
+/// Entries of `POD_IF_DIRECT` and `POD_IP4_DIRECT`.
+pub const DIRECT: u32 = 1 << 16;
+/// Entry of `POD_IF_DIRECT` and `POD_IP4_DIRECT`: more than one pod has, or had, a key with these low 16 bits.
+pub const SHARED: u32 = u32::MAX;
+/// Entries of `HOST_DST_BITS`.
+pub const HOST_DST_WORDS: u32 = (1 << 16) / u64::BITS;
 /// Parent ENIs that a node may have.
 pub const MAX_PARENTS: u32 = 8;
 /// Pods that a node may have unless configured otherwise.
@@ -79,6 +113,26 @@ pub const MAX_HOST_DST: u32 = 256;
 pub const MAX_VIPS: u32 = 16_384;
 /// Entries of `FRAGS`.
 pub const MAX_FRAGS: u32 = 4096;
+
+/// The entry of `POD_IF_DIRECT` for an interface index.
+#[inline(always)]
+pub const fn direct_ifindex(ifindex: u32) -> u32 {
+    ifindex % DIRECT
+}
+
+/// The entry of `POD_IP4_DIRECT` for an address.
+#[inline(always)]
+pub const fn direct_ipv4(address: [u8; 4]) -> u32 {
+    u32::from_be_bytes(address) % DIRECT
+}
+
+/// The entry and the bit of `HOST_DST_BITS` for an address: by its second and third byte, so that the entries of one
+/// subnet, and no others, are asked for in `HOST_DST`.
+#[inline(always)]
+pub const fn host_dst_bit(address: [u8; 4]) -> (u32, u64) {
+    let subnet = (u32::from_be_bytes(address) >> 8) % (HOST_DST_WORDS * u64::BITS);
+    (subnet / u64::BITS, 1 << (subnet % u64::BITS))
+}
 
 /// Flags of `HOST_DST`.
 pub mod host_dst {

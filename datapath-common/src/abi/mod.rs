@@ -16,4 +16,4 @@ pub use outcome::{Counter, CounterRow, Direction, Outcome};
 pub use policy::{Admitted, PairKey};
 
 /// The version of all layouts in this module. It is part of the pin path.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;

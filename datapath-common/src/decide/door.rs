@@ -62,7 +62,7 @@ pub(super) fn recall<'t, T: Tables>(tables: &'t T, key: &FlowKey) -> Option<&'t 
 /// stands when it is switched on.
 #[inline(always)]
 pub(super) fn reply_door<T: Tables>(tables: &T, remote: [u8; 4]) -> Door {
-    if tables.pod_by_ipv4(remote) != 0 {
+    if tables.pod_by_ipv4(remote).is_some() {
         Door::Local
     } else if tables.host_dst(remote) & host_dst::HOST != 0 {
         Door::Host
@@ -84,19 +84,18 @@ pub(super) fn arrival<T: Tables>(
     if matches!(ip.part, Part::Later) || matches!(ip.l4.role, Role::Reports) {
         return None;
     }
-    let differs = default as u8 != arrived as u8;
-    if !differs && !tables.marked(pod.id) {
+    let opens = matches!(ip.l4.role, Role::Opens | Role::Either);
+    if default as u8 == arrived as u8 {
+        if opens && tables.marked(pod.id) {
+            let key = inbound_key(pod, ip);
+            if recall(tables, &key).is_some() {
+                tables.forget(&key);
+            }
+        }
         return None;
     }
     let key = inbound_key(pod, ip);
     let known = recall(tables, &key);
-    let opens = matches!(ip.l4.role, Role::Opens | Role::Either);
-    if !differs {
-        if known.is_some() && opens {
-            tables.forget(&key);
-        }
-        return None;
-    }
     let Some(known) = known else {
         tables.remember(&key, &memory(tables, arrived, Origin::Inbound));
         let lost = matches!(ip.l4.role, Role::Continues);

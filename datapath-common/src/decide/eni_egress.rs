@@ -13,6 +13,7 @@ use crate::{
         self, Frame,
         ipv4::{self, Ipv4, Part},
         link::{self, Tag},
+        plain,
     },
     tables::Tables,
 };
@@ -20,18 +21,46 @@ use crate::{
 /// Decides on a frame that leaves by the parent ENI.
 #[inline(always)]
 pub fn decide<'t, T: Tables, F: Frame + ?Sized>(tables: &'t T, frame: &F, tag: Option<Tag>) -> Decision<'t> {
-    const NOT_OURS: Decision<'_> = Decision::unknown(Outcome::Untagged);
+    decide_plain(tables, frame, tag).unwrap_or_else(|| decide_any(tables, frame, tag))
+}
+
+const NOT_OURS: Decision<'_> = Decision::unknown(Outcome::Untagged);
+
+/// As [`decide`], where the frame is plain, or tagged; else `None`.
+#[inline(always)]
+pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+) -> Option<Decision<'t>> {
     // Every packet that pod_egress sent comes by here, tagged.
     if tag.is_some() {
-        return NOT_OURS;
+        return Some(NOT_OURS);
     }
+    let plain::Packet { ip, .. } = plain::parse::<0, _>(frame)?;
+    Some(tagged(tables, &ip))
+}
+
+/// As [`decide`], for every frame without a tag beside it.
+#[inline(always)]
+pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+) -> Decision<'t> {
     let Ok(link) = link::parse(frame, tag) else { return NOT_OURS };
     if link.tagged || link.ethertype != packet::IPV4 {
         return NOT_OURS;
     }
     let Ok(ip) = ipv4::parse(frame, link.header_len) else { return NOT_OURS };
-    let Some(pod) = tables.endpoint(tables.pod_by_ipv4(ip.src)) else { return NOT_OURS };
-    remember(tables, pod, &ip);
+    tagged(tables, &ip)
+}
+
+/// Whose packet it is.
+#[inline(always)]
+fn tagged<'t, T: Tables>(tables: &'t T, ip: &Ipv4) -> Decision<'t> {
+    let Some(pod) = tables.pod_by_ipv4(ip.src) else { return NOT_OURS };
+    remember(tables, pod, ip);
     Decision::new(Outcome::Wire, pod)
 }
 

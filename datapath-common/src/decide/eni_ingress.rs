@@ -18,6 +18,7 @@ use crate::{
         ipv4::{self, Ipv4, Part},
         l4::Role,
         link::{self, Link, Tag},
+        plain,
     },
     tables::Tables,
 };
@@ -25,7 +26,67 @@ use crate::{
 /// Decides on a frame that arrives at the parent ENI.
 #[inline(always)]
 pub fn decide<'t, T: Tables, F: Frame + ?Sized>(tables: &'t T, frame: &F, tag: Option<Tag>) -> Decision<'t> {
+    decide_plain(tables, frame, tag).unwrap_or_else(|| decide_any(tables, frame, tag))
+}
+
+/// As [`decide`], where the tag stands beside the frame and the packet is plain and for its pod, or its pod is unknown;
+/// else `None`.
+#[inline(always)]
+pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+) -> Option<Decision<'t>> {
+    let tag = tag?;
+    if tag.tpid != link::TPID_8021Q {
+        return None;
+    }
+    plain_for::<0, _, _>(tables, frame, tag, |pod, ip| Some(route(tables, pod, ip)))
+}
+
+/// As [`decide`], for every frame.
+#[inline(always)]
+pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+) -> Decision<'t> {
     admit(tables, frame, tag, |pod, ip| Some(route(tables, pod, ip)))
+}
+
+/// As [`admit`], where the tag is in the frame and the packet is plain and for its pod, or its pod is unknown; else `None`.
+#[inline(always)]
+pub fn admit_plain<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    route: impl FnOnce(&'t Endpoint, &Ipv4) -> Option<Decision<'t>>,
+) -> Option<Decision<'t>> {
+    let [tpid, tci]: [[u8; 2]; 2] = frame.load(link::UNTAGGED_LEN - 2)?;
+    let tag = Tag { tpid: u16::from_be_bytes(tpid), tci: u16::from_be_bytes(tci) };
+    if tag.tpid == link::TPID_8021Q { plain_for::<4, _, _>(tables, frame, tag, route) } else { None }
+}
+
+/// Decides where VLAN, MAC and address belong together, or where nobody has the VLAN id.
+#[inline(always)]
+fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Tag,
+    route: impl FnOnce(&'t Endpoint, &Ipv4) -> Option<Decision<'t>>,
+) -> Option<Decision<'t>> {
+    let plain::Packet { ip, .. } = plain::parse::<TAG, _>(frame)?;
+    let vid = tag.tci & link::VID;
+    if vid == 0 {
+        return None;
+    }
+    let Some(pod) = tables.endpoint(tables.subeni(vid)) else {
+        return Some(Decision::unknown(Outcome::UnknownVlan));
+    };
+    if same_mac(frame.load(0)?, pod.wire_mac) && same(ip.dst, pod.ipv4) && !same(ip.src, pod.ipv4) {
+        Some(route(pod, &ip).unwrap_or(Decision::new(Outcome::Wire, pod)))
+    } else {
+        None
+    }
 }
 
 /// Checks a frame against the pod that its VLAN id belongs to: VLAN, MAC and address belong together. `route` is asked

@@ -1,6 +1,10 @@
 //! Where a packet's fate is decided: one hook a file, each a function from a frame and the tables to a [`Decision`].
 //! [`door`] holds what the hooks share: which way a flow goes and what is remembered.
 //!
+//! A hook has its decision in two parts: `decide_plain` for what nearly all packets are ([`packet::plain`](crate::packet::plain)),
+//! and `decide_any`, which knows every packet and is asked about what the first leaves open. `decide` is the two together;
+//! the kernel programs call them one by one, so that the compiler keeps the common way free of what the other has to carry.
+//!
 //! Decisions are flat values on purpose. Where an enum with a payload meets itself from two branches, LLVM carries the
 //! payload of the empty variant along as an undefined register, and the verifier refuses to have that copied.
 
@@ -58,10 +62,9 @@ const fn same(a: [u8; 4], b: [u8; 4]) -> bool {
     u32::from_ne_bytes(a) == u32::from_ne_bytes(b)
 }
 
-/// Compares MACs in three words.
+/// Compares MACs in two words.
 #[inline(always)]
 const fn same_mac(a: [u8; 6], b: [u8; 6]) -> bool {
-    u16::from_ne_bytes([a[0], a[1]]) == u16::from_ne_bytes([b[0], b[1]])
-        && u16::from_ne_bytes([a[2], a[3]]) == u16::from_ne_bytes([b[2], b[3]])
+    same([a[0], a[1], a[2], a[3]], [b[0], b[1], b[2], b[3]])
         && u16::from_ne_bytes([a[4], a[5]]) == u16::from_ne_bytes([b[4], b[5]])
 }

@@ -19,6 +19,7 @@ use crate::{
         ipv4::{self, ICMP, Ipv4, Part, UDP},
         l4,
         link::{self, Link, Tag},
+        plain,
     },
     tables::Tables,
 };
@@ -33,7 +34,43 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
     ifindex: u32,
     gso_size: u32,
 ) -> Decision<'t> {
-    let Some(pod) = tables.endpoint(tables.pod_by_ifindex(ifindex)) else {
+    decide_plain(tables, frame, tag, ifindex, gso_size)
+        .unwrap_or_else(|| decide_any(tables, frame, tag, ifindex, gso_size))
+}
+
+/// As [`decide`], where the frame is plain, untagged and from the pod's MAC; else `None`.
+#[inline(always)]
+pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+    ifindex: u32,
+    gso_size: u32,
+) -> Option<Decision<'t>> {
+    if tag.is_some() {
+        return None;
+    }
+    let pod = tables.pod_by_ifindex(ifindex)?;
+    let plain::Packet { src_mac, ip } = plain::parse::<0, _>(frame)?;
+    if !same_mac(src_mac, pod.mac) {
+        return None;
+    }
+    if let Some(reason) = refused(pod, &ip) {
+        return Some(Decision::new(reason, pod));
+    }
+    Some(route(tables, pod, &ip, size(frame, link::UNTAGGED_LEN, &ip, gso_size)))
+}
+
+/// As [`decide`], for every frame.
+#[inline(always)]
+pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+    ifindex: u32,
+    gso_size: u32,
+) -> Decision<'t> {
+    let Some(pod) = tables.pod_by_ifindex(ifindex) else {
         return Decision::unknown(Outcome::UnknownPod);
     };
     let link = match own_link(pod, frame, tag) {
@@ -42,12 +79,7 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
     };
     match link.ethertype {
         packet::IPV4 => match own_ipv4(pod, frame, &link) {
-            Ok(ip) => {
-                let headers = ip.header_len + ip.l4.header_len;
-                let size =
-                    if gso_size == 0 { frame.len() - link.header_len as u32 } else { gso_size + headers };
-                route(tables, pod, &ip, size)
-            }
+            Ok(ip) => route(tables, pod, &ip, size(frame, link.header_len, &ip, gso_size)),
             Err(reason) => Decision::new(reason, pod),
         },
         packet::ARP => match arp::parse(frame, link.header_len) {
@@ -56,6 +88,12 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
         },
         ethertype => Decision::new(packet::refuse(frame, ethertype, link.header_len), pod),
     }
+}
+
+/// The length in bytes of the largest IP packet that the frame stands for.
+#[inline(always)]
+fn size<F: Frame + ?Sized>(frame: &F, link_len: usize, ip: &Ipv4, gso_size: u32) -> u32 {
+    if gso_size == 0 { frame.len() - link_len as u32 } else { gso_size + ip.header_len + ip.l4.header_len }
 }
 
 /// What leaves a pod carries no tag and the pod's MAC.
@@ -92,25 +130,34 @@ fn speak_arp(pod: &Endpoint, arp: &Arp) -> Outcome {
 /// The source is the pod, and it says nothing that only a router or a server may say.
 #[inline(always)]
 fn own_ipv4<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, link: &Link) -> Result<Ipv4, Outcome> {
+    let ip = ipv4::parse(frame, link.header_len)?;
+    match refused(pod, &ip) {
+        Some(reason) => Err(reason),
+        None => Ok(ip),
+    }
+}
+
+/// Why the pod may not send this packet.
+#[inline(always)]
+fn refused(pod: &Endpoint, ip: &Ipv4) -> Option<Outcome> {
     const DHCP_SERVER: u16 = 67;
     const DHCP_CLIENT: u16 = 68;
-    let ip = ipv4::parse(frame, link.header_len)?;
     if !same(ip.src, pod.ipv4) {
-        return Err(Outcome::SourceAddress);
+        return Some(Outcome::SourceAddress);
     }
     if ipv4::is_multicast(ip.dst) {
-        return Err(Outcome::Multicast);
+        return Some(Outcome::Multicast);
     }
     if ip.proto == UDP && ip.l4.src_port == DHCP_SERVER && ip.l4.dst_port == DHCP_CLIENT {
-        return Err(Outcome::DhcpServer);
+        return Some(Outcome::DhcpServer);
     }
     if ip.proto == ICMP && ip.l4.icmp_type == l4::REDIRECT {
-        return Err(Outcome::IcmpRedirect);
+        return Some(Outcome::IcmpRedirect);
     }
     if ip.proto == ICMP && ip.l4.icmp_type == l4::ROUTER_ADVERTISEMENT {
-        return Err(Outcome::RouterAdvertisement);
+        return Some(Outcome::RouterAdvertisement);
     }
-    Ok(ip)
+    None
 }
 
 /// Chooses the door: the remembered one, else by destination. `size` is the length in bytes of the largest IP packet that
@@ -128,7 +175,7 @@ fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) 
         Some(Door::Host) => Outcome::Host,
         Some(Door::Wire) => Outcome::Wire,
         // Fragments only: no flow is remembered by this door.
-        Some(Door::Local) => match tables.endpoint(tables.pod_by_ipv4(ip.dst)) {
+        Some(Door::Local) => match tables.pod_by_ipv4(ip.dst) {
             Some(to) if policy::may_follow(tables, pod, to) => {
                 return Decision { to: Some(to), ..Decision::new(Outcome::Local, pod) };
             }
@@ -136,7 +183,7 @@ fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) 
         },
         None => {
             let later = matches!(ip.part, Part::Later);
-            if let Some(to) = tables.endpoint(tables.pod_by_ipv4(ip.dst)) {
+            if let Some(to) = tables.pod_by_ipv4(ip.dst) {
                 if !later {
                     return local(tables, pod, to, ip, size);
                 }

@@ -13,6 +13,7 @@ use crate::{
         self, Frame, arp,
         ipv4::{self, Ipv4},
         link::{self, Tag},
+        plain,
     },
     tables::Tables,
 };
@@ -25,7 +26,34 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
     tag: Option<Tag>,
     ifindex: u32,
 ) -> Decision<'t> {
-    let Some(pod) = tables.endpoint(tables.pod_by_ifindex(ifindex)) else {
+    decide_plain(tables, frame, tag, ifindex).unwrap_or_else(|| decide_any(tables, frame, tag, ifindex))
+}
+
+/// As [`decide`], where the frame is plain, untagged and for the pod; else `None`.
+#[inline(always)]
+pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+    ifindex: u32,
+) -> Option<Decision<'t>> {
+    if tag.is_some() {
+        return None;
+    }
+    let pod = tables.pod_by_ifindex(ifindex)?;
+    let plain::Packet { ip, .. } = plain::parse::<0, _>(frame)?;
+    same(ip.dst, pod.ipv4).then(|| deliver(tables, pod, &ip))
+}
+
+/// As [`decide`], for every frame.
+#[inline(always)]
+pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    tag: Option<Tag>,
+    ifindex: u32,
+) -> Decision<'t> {
+    let Some(pod) = tables.pod_by_ifindex(ifindex) else {
         return Decision::unknown(Outcome::UnknownPod);
     };
     let link = match link::parse(frame, tag) {

@@ -971,7 +971,7 @@ fn outcomes_are_told_apart() {
 fn the_node_of_the_tests() {
     let node = testing::node();
     assert_eq!(node.subeni(101), 1);
-    assert_eq!(node.pod_by_ipv4(D.ipv4), 4);
+    assert_eq!(node.pod_ip4[&D.ipv4], 4);
     assert_eq!(node.host_dst([10, 247, 3, 4]), 5);
     assert_eq!(node.host_dst([10, 248, 3, 4]), 0);
     let key = flow_key(&A, (REMOTE, 1), 2, 6);

@@ -107,13 +107,9 @@ pub(super) fn parse<F: Frame + ?Sized>(frame: &F, offset: usize, proto: u8) -> R
     match proto {
         TCP => {
             let header: [u8; 20] = frame.load(offset).ok_or(Outcome::Truncated)?;
-            let role = match header[TCP_FLAGS] & (SYN | ACK) {
-                SYN => Role::Opens,
-                SYN_ACK => Role::Answers,
-                _ => Role::Continues,
-            };
+            let role = tcp_role(header[TCP_FLAGS]);
             let header_len = u32::from(header[TCP_DATA_OFFSET] >> 4) * 4;
-            let ends = header[TCP_FLAGS] & (FIN | RST);
+            let ends = tcp_ends(header[TCP_FLAGS]);
             Ok(L4 { role, ends, header_len, ..ports([header[0], header[1], header[2], header[3]], proto) })
         }
         UDP => {
@@ -127,6 +123,22 @@ pub(super) fn parse<F: Frame + ?Sized>(frame: &F, offset: usize, proto: u8) -> R
         ICMP => icmp(frame, offset),
         _ => Ok(L4 { proto, role: Role::Either, ..L4::NONE }),
     }
+}
+
+/// What a TCP segment with these flags is to its flow.
+#[inline(always)]
+pub(super) const fn tcp_role(flags: u8) -> Role {
+    match flags & (SYN | ACK) {
+        SYN => Role::Opens,
+        SYN_ACK => Role::Answers,
+        _ => Role::Continues,
+    }
+}
+
+/// FIN and RST of these flags.
+#[inline(always)]
+pub(super) const fn tcp_ends(flags: u8) -> u8 {
+    flags & (FIN | RST)
 }
 
 #[inline(always)]

@@ -9,6 +9,10 @@ use crate::abi::Outcome;
 pub const TPID_8021Q: u16 = 0x8100;
 /// Tag protocol of 802.1ad.
 pub const TPID_8021AD: u16 = 0x88a8;
+/// The bits of the tag control information that are the VLAN id.
+pub const VID: u16 = 0x0fff;
+/// Length of the link header of a frame without a tag inside, in bytes.
+pub const UNTAGGED_LEN: usize = size_of::<EthHdr>();
 /// The broadcast MAC.
 pub const BROADCAST: [u8; 6] = [0xff; 6];
 
@@ -68,13 +72,13 @@ pub fn parse<F: Frame + ?Sized>(frame: &F, tag: Option<Tag>) -> Result<Link, Out
             return Err(Outcome::DoubleTag);
         }
         link.tagged = true;
-        link.vid = tag.tci & 0x0fff;
+        link.vid = tag.tci & VID;
     } else if outer == TPID_8021AD {
         return Err(Outcome::DoubleTag);
     } else if outer == TPID_8021Q {
         let vlan: VlanHdr = frame.load(link.header_len).ok_or(Outcome::Truncated)?;
         link.tagged = true;
-        link.vid = u16::from_be_bytes(vlan.tci) & 0x0fff;
+        link.vid = u16::from_be_bytes(vlan.tci) & VID;
         link.ethertype = u16::from_be(vlan.ether_type);
         link.header_len = size_of::<EthHdr>() + size_of::<VlanHdr>();
         if is_tag(link.ethertype) {

@@ -7,6 +7,7 @@ pub mod arp;
 pub mod ipv4;
 pub mod l4;
 pub mod link;
+pub mod plain;
 #[cfg(test)]
 mod tests;
 
@@ -30,6 +31,14 @@ pub unsafe trait Plain: Copy {}
 
 // SAFETY: arrays of bytes.
 unsafe impl<const N: usize> Plain for [u8; N] {}
+// SAFETY: an integer.
+unsafe impl Plain for u16 {}
+// SAFETY: an integer.
+unsafe impl Plain for u32 {}
+// SAFETY: arrays of integers.
+unsafe impl<const N: usize> Plain for [u32; N] {}
+// SAFETY: arrays of arrays of bytes.
+unsafe impl<const N: usize, const M: usize> Plain for [[u8; N]; M] {}
 // SAFETY: #[repr(C)], two arrays of 6 bytes and a u16 at offset 12.
 unsafe impl Plain for network_types::eth::EthHdr {}
 // SAFETY: #[repr(C)], an array of 2 bytes and a u16 at offset 2.

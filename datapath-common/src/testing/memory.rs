@@ -149,12 +149,12 @@ impl Tables for MemoryTables {
         self.subeni.get(&(self.parent, vid)).copied().unwrap_or(0)
     }
 
-    fn pod_by_ifindex(&self, ifindex: u32) -> u32 {
-        self.pod_if.get(&ifindex).copied().unwrap_or(0)
+    fn pod_by_ifindex(&self, ifindex: u32) -> Option<&Endpoint> {
+        self.endpoint(*self.pod_if.get(&ifindex)?)
     }
 
-    fn pod_by_ipv4(&self, address: [u8; 4]) -> u32 {
-        self.pod_ip4.get(&address).copied().unwrap_or(0)
+    fn pod_by_ipv4(&self, address: [u8; 4]) -> Option<&Endpoint> {
+        self.endpoint(*self.pod_ip4.get(&address)?)
     }
 
     fn endpoint(&self, slot: u32) -> Option<&Endpoint> {

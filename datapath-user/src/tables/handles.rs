@@ -17,7 +17,7 @@ use datapath_common::abi::{
 };
 use ipnet::Ipv4Net;
 
-use super::{Index, Live, PolicyMaps, TablesError, errno};
+use super::{Index, Live, PolicyMaps, TablesError, direct, errno};
 use crate::{
     config::{Limits, MAX_FLOWS},
     pin::{MapLayout, Pins},
@@ -42,9 +42,12 @@ pub struct Maps {
     endpoint: Array<MapData, Raw<Endpoint>>,
     subeni: Array<MapData, u32>,
     pod_if: HashMap<MapData, u32, u32>,
+    pod_if_direct: Array<MapData, u32>,
     pod_ip4: HashMap<MapData, [u8; 4], u32>,
+    pod_ip4_direct: Array<MapData, u32>,
     pod_ip6: HashMap<MapData, [u8; 16], u32>,
     host_dst: LpmTrie<MapData, [u8; 4], u32>,
+    host_dst_bits: Array<MapData, u64>,
     vips: HashMap<MapData, Raw<VipKey>, u32>,
     flows: HashMap<MapData, Raw<FlowKey>, Raw<Flow>>,
     flow_mark: Array<MapData, u32>,
@@ -139,10 +142,14 @@ impl Maps {
                 .map_err(failed(maps::ENDPOINT, make))?,
             subeni: Array::create(maps::MAX_PARENTS * VLANS, 0).map_err(failed(maps::SUBENI, make))?,
             pod_if: HashMap::create(pods, 0).map_err(failed(maps::POD_IF, make))?,
+            pod_if_direct: Array::create(maps::DIRECT, 0).map_err(failed(maps::POD_IF_DIRECT, make))?,
             pod_ip4: HashMap::create(pods, 0).map_err(failed(maps::POD_IP4, make))?,
+            pod_ip4_direct: Array::create(maps::DIRECT, 0).map_err(failed(maps::POD_IP4_DIRECT, make))?,
             pod_ip6: HashMap::create(pods, 0).map_err(failed(maps::POD_IP6, make))?,
             host_dst: LpmTrie::create(maps::MAX_HOST_DST, NO_PREALLOC)
                 .map_err(failed(maps::HOST_DST, make))?,
+            host_dst_bits: Array::create(maps::HOST_DST_WORDS, 0)
+                .map_err(failed(maps::HOST_DST_BITS, make))?,
             vips: HashMap::create(maps::MAX_VIPS, 0).map_err(failed(maps::VIPS, make))?,
             flows: HashMap::create(limits.flows, 0).map_err(failed(maps::FLOWS, make))?,
             flow_mark: Array::create(pods + 1, 0).map_err(failed(maps::FLOW_MARK, make))?,
@@ -164,9 +171,12 @@ impl Maps {
             endpoint: typed(maps::ENDPOINT, open(maps::ENDPOINT)?)?,
             subeni: typed(maps::SUBENI, open(maps::SUBENI)?)?,
             pod_if: typed(maps::POD_IF, open(maps::POD_IF)?)?,
+            pod_if_direct: typed(maps::POD_IF_DIRECT, open(maps::POD_IF_DIRECT)?)?,
             pod_ip4: typed(maps::POD_IP4, open(maps::POD_IP4)?)?,
+            pod_ip4_direct: typed(maps::POD_IP4_DIRECT, open(maps::POD_IP4_DIRECT)?)?,
             pod_ip6: typed(maps::POD_IP6, open(maps::POD_IP6)?)?,
             host_dst: typed(maps::HOST_DST, open(maps::HOST_DST)?)?,
+            host_dst_bits: typed(maps::HOST_DST_BITS, open(maps::HOST_DST_BITS)?)?,
             vips: typed(maps::VIPS, open(maps::VIPS)?)?,
             flows: typed(maps::FLOWS, open(maps::FLOWS)?)?,
             flow_mark: typed(maps::FLOW_MARK, open(maps::FLOW_MARK)?)?,
@@ -233,13 +243,23 @@ impl Maps {
                 self.subeni.set(subeni_index(parent, vid), slot, 0).map_err(failed(maps::SUBENI, "write"))
             }
             Index::Ipv4(address) => {
-                self.pod_ip4.insert(address, slot, 0).map_err(failed(maps::POD_IP4, "write"))
+                self.pod_ip4.insert(address, slot, 0).map_err(failed(maps::POD_IP4, "write"))?;
+                let entry = self.ipv4_entry(address)?;
+                let now = direct::pointed(entry, slot, |slot| {
+                    self.record(slot).is_ok_and(|record| record.ipv4 == address)
+                });
+                self.set_ipv4_entry(address, now)
             }
             Index::Ipv6(address) => {
                 self.pod_ip6.insert(address, slot, 0).map_err(failed(maps::POD_IP6, "write"))
             }
             Index::Interface(ifindex) => {
-                self.pod_if.insert(ifindex, slot, 0).map_err(failed(maps::POD_IF, "write"))
+                self.pod_if.insert(ifindex, slot, 0).map_err(failed(maps::POD_IF, "write"))?;
+                let entry = self.interface_entry(ifindex)?;
+                let now = direct::pointed(entry, slot, |slot| {
+                    self.record(slot).is_ok_and(|record| record.ifindex == ifindex)
+                });
+                self.set_interface_entry(ifindex, now)
             }
         }
     }
@@ -255,10 +275,73 @@ impl Maps {
         }
         match key {
             Index::Vlan { .. } => self.set_slot(key, 0).map(|()| true),
-            Index::Ipv4(address) => gone(maps::POD_IP4, self.pod_ip4.remove(&address)),
+            Index::Ipv4(address) => {
+                let entry = self.ipv4_entry(address)?;
+                self.set_ipv4_entry(address, direct::cleared(entry, slot))?;
+                gone(maps::POD_IP4, self.pod_ip4.remove(&address))
+            }
             Index::Ipv6(address) => gone(maps::POD_IP6, self.pod_ip6.remove(&address)),
-            Index::Interface(ifindex) => gone(maps::POD_IF, self.pod_if.remove(&ifindex)),
+            Index::Interface(ifindex) => {
+                let entry = self.interface_entry(ifindex)?;
+                self.set_interface_entry(ifindex, direct::cleared(entry, slot))?;
+                gone(maps::POD_IF, self.pod_if.remove(&ifindex))
+            }
         }
+    }
+
+    fn ipv4_entry(&self, address: [u8; 4]) -> Result<u32, TablesError> {
+        let entry = self.pod_ip4_direct.get(&maps::direct_ipv4(address), 0);
+        entry.map_err(failed(maps::POD_IP4_DIRECT, "read"))
+    }
+
+    fn set_ipv4_entry(&mut self, address: [u8; 4], entry: u32) -> Result<(), TablesError> {
+        let set = self.pod_ip4_direct.set(maps::direct_ipv4(address), entry, 0);
+        set.map_err(failed(maps::POD_IP4_DIRECT, "write"))
+    }
+
+    fn interface_entry(&self, ifindex: u32) -> Result<u32, TablesError> {
+        let entry = self.pod_if_direct.get(&maps::direct_ifindex(ifindex), 0);
+        entry.map_err(failed(maps::POD_IF_DIRECT, "read"))
+    }
+
+    fn set_interface_entry(&mut self, ifindex: u32, entry: u32) -> Result<(), TablesError> {
+        let set = self.pod_if_direct.set(maps::direct_ifindex(ifindex), entry, 0);
+        set.map_err(failed(maps::POD_IF_DIRECT, "write"))
+    }
+
+    /// Makes the direct tables what `POD_IF` and `POD_IP4` say: after an agent that was killed within an operation, and so that
+    /// entries are no longer shared that were. Returns how many entries changed.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read or written.
+    pub fn renew_direct(&mut self) -> Result<usize, TablesError> {
+        fn renew(
+            map: &'static str,
+            table: &mut Array<MapData, u32>,
+            wanted: &std::collections::HashMap<u32, u32>,
+        ) -> Result<usize, TablesError> {
+            let mut changes = 0;
+            for entry in 0..maps::DIRECT {
+                let wanted = wanted.get(&entry).copied().unwrap_or(0);
+                if table.get(&entry, 0).map_err(failed(map, "read"))? != wanted {
+                    table.set(entry, wanted, 0).map_err(failed(map, "write"))?;
+                    changes += 1;
+                }
+            }
+            Ok(changes)
+        }
+        let (mut interfaces, mut addresses) = (Vec::new(), Vec::new());
+        for ifindex in keys(maps::POD_IF, self.pod_if.keys(), self.ids())? {
+            interfaces.push((maps::direct_ifindex(ifindex), self.slot(Index::Interface(ifindex))?));
+        }
+        for address in keys(maps::POD_IP4, self.pod_ip4.keys(), self.ids())? {
+            addresses.push((maps::direct_ipv4(address), self.slot(Index::Ipv4(address))?));
+        }
+        let by_if = direct::all(interfaces.into_iter());
+        let by_ip4 = direct::all(addresses.into_iter());
+        Ok(renew(maps::POD_IF_DIRECT, &mut self.pod_if_direct, &by_if)?
+            + renew(maps::POD_IP4_DIRECT, &mut self.pod_ip4_direct, &by_ip4)?)
     }
 
     /// Every index that is set, with its slot.
@@ -358,6 +441,8 @@ impl Maps {
         let wanted: BTreeMap<Ipv4Net, u32> =
             wanted.iter().map(|(net, flags)| (net.trunc(), *flags)).collect();
         let known = self.host_dsts()?;
+        // The programs ask about every address that a prefix holds, before it comes and until it is gone.
+        self.set_host_dst_bits(&direct::host_dst_bits(known.keys().chain(wanted.keys())))?;
         let mut changes = 0;
         for (prefix, flags) in &wanted {
             if known.get(prefix) != Some(flags) {
@@ -368,7 +453,20 @@ impl Maps {
         for prefix in known.keys().filter(|prefix| !wanted.contains_key(prefix)) {
             changes += usize::from(gone(maps::HOST_DST, self.host_dst.remove(&key(prefix)))?);
         }
+        if known.keys().any(|prefix| !wanted.contains_key(prefix)) {
+            self.set_host_dst_bits(&direct::host_dst_bits(wanted.keys()))?;
+        }
         Ok(changes)
+    }
+
+    fn set_host_dst_bits(&mut self, words: &[u64]) -> Result<(), TablesError> {
+        for (i, word) in (0..).zip(words) {
+            let known = self.host_dst_bits.get(&i, 0).map_err(failed(maps::HOST_DST_BITS, "read"))?;
+            if known != *word {
+                self.host_dst_bits.set(i, *word, 0).map_err(failed(maps::HOST_DST_BITS, "write"))?;
+            }
+        }
+        Ok(())
     }
 
     /// All virtual addresses of load balancers.

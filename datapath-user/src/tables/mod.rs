@@ -5,6 +5,7 @@
 //! rest before they are used again, because a program that looked one up may still be running. Nothing is kept
 //! beside the maps: what [`Tables::new`] finds in them is the state.
 
+mod direct;
 mod handles;
 mod policy;
 
@@ -392,7 +393,7 @@ impl Tables {
     }
 
     /// Removes indexes that point at no pod: what an agent left that was killed within an operation. Returns how
-    /// many there were. Looks at all of `SUBENI`: for the start, not for every change.
+    /// many there were. Looks at all of `SUBENI` and of the direct tables: for the start, not for every change.
     ///
     /// # Errors
     ///
@@ -408,6 +409,7 @@ impl Tables {
                 removed += usize::from(self.maps.clear_slot(key, slot)?);
             }
         }
+        self.maps.renew_direct()?;
         Ok(removed)
     }
 

@@ -39,6 +39,12 @@ struct Options {
     /// Measurements of each program and of its yardstick, of which the median counts.
     #[arg(long, default_value_t = 15)]
     rounds: usize,
+    /// Only cases whose program and packet hold this text, such as "pod_egress, to the wire".
+    #[arg(long, default_value = "")]
+    only: String,
+    /// How many pods the node has: the one that is measured with one other, and many.
+    #[arg(long, value_delimiter = ',', default_values_t = PODS_ON_NODE)]
+    pods: Vec<u16>,
 }
 
 /// How many pods the node has: the one that is measured with one other, and many.
@@ -71,6 +77,12 @@ struct Case {
     remembered: bool,
     /// Whether the program counts the packet.
     counted: bool,
+}
+
+impl Case {
+    fn name(&self) -> String {
+        format!("{}, {}", self.hook.name(), self.what)
+    }
 }
 
 fn cases() -> Vec<Case> {
@@ -328,9 +340,8 @@ impl<'a> Bench<'a> {
         let same = counts.values().all(|(packets, _)| *packets == u64::from(RUNS));
         anyhow::ensure!(
             same && counts.is_empty() != self.case.counted,
-            "{}, {}: not the same became of the packet each time: {counts:?}",
-            self.case.hook.name(),
-            self.case.what
+            "{}: not the same became of the packet each time: {counts:?}",
+            self.case.name()
         );
         Ok(())
     }
@@ -368,10 +379,10 @@ fn main() -> Result<()> {
     private_netns(&[A.ifindex, B.ifindex]);
     let cases = cases();
     let mut benches = vec![];
-    for endpoints in PODS_ON_NODE {
-        for case in &cases {
-            let bench = Bench::new(case, endpoints)
-                .with_context(|| format!("{}, {}, {endpoints} pods", case.hook.name(), case.what))?;
+    for &endpoints in &options.pods {
+        for case in cases.iter().filter(|case| case.name().contains(&options.only)) {
+            let bench =
+                Bench::new(case, endpoints).with_context(|| format!("{}, {endpoints} pods", case.name()))?;
             benches.push(bench);
         }
     }

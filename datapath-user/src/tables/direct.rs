@@ -1,0 +1,81 @@
+//! The arrays that spare the programs a look-up in a hash map or trie ([`maps::POD_IF_DIRECT`], [`maps::POD_IP4_DIRECT`],
+//! [`maps::HOST_DST_BITS`]): what they have to hold. The maps beside them are the truth; each of these follows from its one.
+
+use std::collections::HashMap;
+
+use datapath_common::abi::maps::{self, SHARED};
+use ipnet::Ipv4Net;
+
+/// What an entry becomes as a key that belongs there is pointed at `slot`. `same_key` says whether a slot's record is found
+/// by that key.
+pub fn pointed(entry: u32, slot: u32, same_key: impl FnOnce(u32) -> bool) -> u32 {
+    if entry == 0 || entry == slot || entry != SHARED && same_key(entry) { slot } else { SHARED }
+}
+
+/// What an entry becomes as a key that belongs there and that pointed at `slot` goes. A shared one stays so, for nobody
+/// knows how many keys are left.
+pub fn cleared(entry: u32, slot: u32) -> u32 {
+    if entry == slot { 0 } else { entry }
+}
+
+/// All entries that are not 0, given the entry and the slot of every key.
+pub fn all(keys: impl Iterator<Item = (u32, u32)>) -> HashMap<u32, u32> {
+    let mut entries = HashMap::new();
+    for (entry, slot) in keys {
+        entries.entry(entry).and_modify(|known| *known = SHARED).or_insert(slot);
+    }
+    entries
+}
+
+/// The words of `HOST_DST_BITS` for these prefixes.
+pub fn host_dst_bits<'a>(prefixes: impl Iterator<Item = &'a Ipv4Net>) -> Vec<u64> {
+    const SUBNET: u32 = 24;
+    let mut words = vec![0; maps::HOST_DST_WORDS as usize];
+    for prefix in prefixes {
+        let len = u32::from(prefix.prefix_len()).clamp(SUBNET - 16, SUBNET);
+        let first = u32::from(prefix.network()) >> (32 - SUBNET);
+        for subnet in 0..1 << (SUBNET - len) {
+            let (word, bit) = maps::host_dst_bit((first.wrapping_add(subnet) << (32 - SUBNET)).to_be_bytes());
+            words[word as usize] |= bit;
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_share_an_entry() {
+        assert_eq!(pointed(0, 5, |_| false), 5);
+        assert_eq!(pointed(5, 5, |_| false), 5);
+        assert_eq!(pointed(4, 5, |slot| slot == 4), 5);
+        assert_eq!(pointed(4, 5, |_| false), SHARED);
+        assert_eq!(pointed(SHARED, 5, |_| true), SHARED);
+        assert_eq!(cleared(5, 5), 0);
+        assert_eq!(cleared(6, 5), 6);
+        assert_eq!(cleared(SHARED, 5), SHARED);
+        assert_eq!(all([(1, 5), (2, 6), (1, 7)].into_iter()), HashMap::from([(1, SHARED), (2, 6)]));
+    }
+
+    /// Every address that a prefix holds has its bit set, and no other second and third byte does.
+    #[test]
+    fn bits_are_those_of_the_prefixes() {
+        let set = |prefix: &str| -> u32 {
+            let net: Ipv4Net = prefix.parse().unwrap();
+            let words = host_dst_bits([net].iter());
+            for address in [net.network(), net.broadcast()] {
+                let (word, bit) = maps::host_dst_bit(address.octets());
+                assert_ne!(words[word as usize] & bit, 0, "{address} of {prefix}");
+            }
+            words.iter().map(|word| word.count_ones()).sum()
+        };
+        assert_eq!(set("10.247.0.0/16"), 256);
+        assert_eq!(set("10.1.0.167/32"), 1);
+        assert_eq!(set("10.1.2.0/23"), 2);
+        assert_eq!(set("255.255.255.0/24"), 1);
+        assert_eq!(set("10.0.0.0/8"), 1 << 16);
+        assert_eq!(set("0.0.0.0/0"), 1 << 16);
+    }
+}
