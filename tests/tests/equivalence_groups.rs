@@ -4,17 +4,20 @@
 //! The node is the host build of the product's decisions over the tables that its compiler made, with a clock that the test
 //! sets (`tests/equivalence.rs` holds the kernel programs to that build), or the kernel programs themselves under
 //! BPF_PROG_TEST_RUN. The VPC is the lab's evaluator. `ENIWAY_SEED` repeats a run (the seed is printed), `ENIWAY_RULE_SETS`
-//! is the number of cases.
+//! is the number of cases; `cargo xtask test equivalence` sets both.
 
 use std::{
+    cell::RefCell,
     env,
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
-use eniway_tests::equivalence::{Case, Dice, Difference, HostNode, Size, Tally, run, shrink};
+use eniway_tests::equivalence::{Case, Dice, Difference, HostNode, KernelNode, Size, Tally, run, shrink};
 
 /// Cases, unless said otherwise.
 const RULE_SETS: u64 = 60;
+/// Cases for the kernel programs, unless said otherwise: one in so many of the others.
+const KERNEL_ONE_IN: u64 = 4;
 /// Flows of a case.
 const FLOWS: usize = 200;
 
@@ -32,6 +35,10 @@ fn seed() -> u64 {
 /// Each case has a seed of its own, so that one can be repeated alone.
 fn seed_of(seed: u64, case: u64) -> u64 {
     seed.wrapping_add(case)
+}
+
+fn rule_sets() -> u64 {
+    number("ENIWAY_RULE_SETS").unwrap_or(RULE_SETS)
 }
 
 fn on_the_host(case: &Case) -> Result<Tally, Difference> {
@@ -71,5 +78,16 @@ fn compare(name: &str, rule_sets: u64, size: Size, world: impl Fn(&Case) -> Resu
 #[test]
 fn decisions_agree_with_the_vpc() {
     let size = Size { flows: FLOWS, waits: true, changes: true };
-    compare("host build", number("ENIWAY_RULE_SETS").unwrap_or(RULE_SETS), size, on_the_host);
+    compare("host build", rule_sets(), size, on_the_host);
+}
+
+#[test]
+fn kernel_programs_agree_with_the_vpc() {
+    let node = RefCell::new(KernelNode::load().expect("the programs load"));
+    let size = Size { flows: FLOWS, waits: false, changes: true };
+    compare("kernel programs", rule_sets().div_ceil(KERNEL_ONE_IN), size, |case| {
+        let mut node = node.borrow_mut();
+        node.clear();
+        run(case, &mut *node, &mut HostNode::new(false))
+    });
 }

@@ -54,6 +54,12 @@ enum Task {
     Test {
         /// Which tests; all of them when not given. All but the host tests need root.
         group: Option<test::Group>,
+        /// Repeat a run of `equivalence`, which prints its seed.
+        #[arg(long, value_name = "N")]
+        seed: Option<u64>,
+        /// How many random rule sets `equivalence` runs.
+        #[arg(long, value_name = "N", default_value_t = 2000)]
+        rule_sets: u64,
         /// Only tests with this in their name, and whatever else the test runner understands.
         #[arg(last = true)]
         filter: Vec<String>,
@@ -77,7 +83,10 @@ fn main() -> ExitCode {
         Task::Doctor => doctor::run(),
         Task::Demo { keep, report } => lab::demo(keep, report.as_deref()).map(|()| true),
         Task::Lab { args } => lab::run(&args).map(|()| true),
-        Task::Test { group, filter } => test::run(group, &filter),
+        Task::Test { group: Some(test::Group::Equivalence), seed, rule_sets, .. } => {
+            test::equivalence(test::Cases { seed, rule_sets })
+        }
+        Task::Test { group, filter, .. } => test::run(group, &filter),
         Task::Bench { what, report } => bench::run(what, report.as_deref()).map(|()| true),
         Task::Check => check::run().map(|()| true),
     };

@@ -110,7 +110,7 @@ impl Dice {
     fn groups(&mut self) -> Groups {
         let mut groups = Groups { revision: 1, ..Groups::default() };
         // Of some, nearly everything is allowed, or flows would be rare.
-        let kindness = self.of(&[20, 50, 80]);
+        let kindness = self.of(&[20, 50, 80, 95, 95]);
         for id in GROUPS {
             let id: GroupId = id.parse().expect("an id");
             let count = self.of(&[0, 1, 2, 3, 5, 8, 12]);

@@ -32,7 +32,7 @@ pub struct HostNode {
 }
 
 /// The slot of a pod.
-const fn slot(pod: usize) -> u32 {
+pub const fn slot(pod: usize) -> u32 {
     pod as u32 + 1
 }
 

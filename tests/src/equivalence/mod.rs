@@ -4,11 +4,13 @@
 pub mod case;
 mod generate;
 mod host;
+mod kernel;
 mod shrink;
 mod world;
 
 pub use case::{Case, Pod, State, Step};
 pub use generate::{Dice, PODS, Size};
 pub use host::HostNode;
+pub use kernel::KernelNode;
 pub use shrink::shrink;
 pub use world::{Datagrams, Difference, Fate, Node, Sent, Tally, new_to_the_vpc, run};

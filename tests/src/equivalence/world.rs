@@ -118,14 +118,14 @@ pub const fn mac(pod: usize) -> [u8; 6] {
     [0xfa, 0x16, 0x3e, 0, 2, pod as u8]
 }
 
-struct World<'n, N> {
-    node: &'n mut N,
+struct World<'n> {
+    node: &'n mut dyn Node,
     vpc: Vpc,
     now: Duration,
 }
 
-impl<'n, N: Node> World<'n, N> {
-    fn new(node: &'n mut N, state: &State) -> Self {
+impl<'n> World<'n> {
+    fn new(node: &'n mut dyn Node, state: &State) -> Self {
         let mut vpc = Vpc::default();
         vpc.set_groups(state.groups.clone());
         for (address, membership) in state.members() {
@@ -180,7 +180,7 @@ impl<'n, N: Node> World<'n, N> {
 /// # Errors
 ///
 /// The first difference.
-pub fn run<N: Node>(case: &Case, fast: &mut N, slow: &mut N) -> Result<Tally, Difference> {
+pub fn run(case: &Case, fast: &mut dyn Node, slow: &mut dyn Node) -> Result<Tally, Difference> {
     let mut state = case.state();
     let mut worlds = [World::new(fast, &state), World::new(slow, &state)];
     let number: BTreeMap<Ipv4Addr, usize> =
