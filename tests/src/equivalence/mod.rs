@@ -13,4 +13,4 @@ pub use generate::{Dice, PODS, Size};
 pub use host::HostNode;
 pub use kernel::KernelNode;
 pub use shrink::shrink;
-pub use world::{Datagrams, Difference, Fate, Node, Sent, Tally, new_to_the_vpc, run};
+pub use world::{Datagrams, Difference, Fate, Node, Sent, Tally, change, new_to_the_vpc, run, vpc};

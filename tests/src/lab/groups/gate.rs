@@ -123,11 +123,6 @@ impl Gate {
         lock(&self.court.vpc).remove_member(address);
     }
 
-    /// Forgets all flows between two addresses.
-    pub fn forget_between(&self, a: Ipv4Addr, b: Ipv4Addr) {
-        lock(&self.court.vpc).forget_between(a, b);
-    }
-
     /// What was refused, the oldest first; at most the last 10,000 packets.
     pub fn refused(&self) -> Vec<Refused> {
         lock(&self.court.refused).iter().cloned().collect()
