@@ -183,6 +183,12 @@ impl Rules for LiveTables {
 
     fn verdicts(&self, row: u32) -> Option<&VerdictRow> {
         let value = self.answer(self.maps.policy.verdicts(row).map(Some))?;
+        let (class, half) = (row / 2, row % 2);
+        self.step(
+            maps::VERDICT,
+            format_args!("class {class}, half {half}"),
+            "its verdicts towards all classes",
+        );
         Some(self.rules.verdicts.push(value))
     }
 

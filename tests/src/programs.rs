@@ -3,11 +3,18 @@
 //! The kernel knows no tag beside the frame there and does not say what tag a program leaves; the programs of
 //! `fabric-ebpf/src/probe.rs` run around the ones under test where that matters.
 
-use std::{collections::BTreeMap, ffi::OsStr, fmt, process::Command, time::Duration};
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fmt,
+    os::fd::{AsFd as _, AsRawFd as _},
+    process::Command,
+    time::Duration,
+};
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader, TestRun as _, TestRunOptions,
-    maps::{MapError, ProgramArray},
+    maps::{Map, MapError, ProgramArray},
     programs::{ProgramError, ProgramFd, SchedClassifier, TestRunResult, Xdp},
 };
 use datapath_common::{
@@ -381,6 +388,22 @@ impl Programs {
             ..TestRunOptions::new()
         };
         Ok(self.test_run(hook, options)?.duration)
+    }
+
+    /// Memory that the kernel has for a map, in bytes, by what it says of the descriptor.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such array or LRU map, or the kernel does not say.
+    pub fn map_memory(&self, name: &'static str) -> std::io::Result<u64> {
+        let missing = || std::io::Error::other(format!("no memory is told of map {name}"));
+        let (Map::Array(data) | Map::LruHashMap(data)) = self.ebpf.map(name).ok_or_else(missing)? else {
+            return Err(missing());
+        };
+        let path = format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd());
+        let text = std::fs::read_to_string(path)?;
+        let memory = text.lines().find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok());
+        memory.ok_or_else(missing)
     }
 
     /// The program itself.

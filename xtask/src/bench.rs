@@ -12,13 +12,57 @@ use crate::{cmd, crates, lab, needs::Scope, setup};
 pub(crate) enum Bench {
     /// The allocator, and the way from its word to the kernel.
     Ipam,
+    /// What security groups cost on the fast path.
+    Policy,
 }
 
 /// Runs a benchmark; its figures are added to the report.
 pub(crate) fn run(bench: Bench, report: Option<&Path>) -> Result<()> {
-    let Bench::Ipam = bench;
-    lab::need_root("the benchmark of the sync")?;
+    lab::need_root("the benchmark")?;
     setup::run(Scope::Tests)?;
+    match bench {
+        Bench::Ipam => ipam(report),
+        Bench::Policy => policy(report),
+    }
+}
+
+/// The kernel programs are built for speed in any case; the compiler is measured in a program of its own.
+fn policy(report: Option<&Path>) -> Result<()> {
+    cmd::step("build for speed", || {
+        cmd::run(&mut cmd::cargo(&[
+            "build",
+            "--locked",
+            "--release",
+            "--package",
+            COMPILER,
+            "--example",
+            "bench",
+        ]))?;
+        cmd::run(&mut cmd::cargo(&[
+            "build",
+            "--locked",
+            "--package",
+            crates::LAB,
+            "--bin",
+            "eniway-bench-policy",
+        ]))
+    })?;
+    let debug = lab::bin_dir()?;
+    let release = debug.parent().context("the target directory")?.join("release");
+    let figures = release.join("bench-policy-compile.json");
+    cmd::step("the compiler", || {
+        let text = cmd::output(&mut Command::new(release.join("examples/bench")))?;
+        print!("{text}");
+        fs::write(&figures, text).with_context(|| figures.display().to_string())
+    })?;
+    let mut packets = Command::new(debug.join("eniway-bench-policy"));
+    if let Some(report) = report {
+        packets.arg("--report").arg(report).arg("--add").arg(figures);
+    }
+    cmd::step("the kernel programs", || cmd::run(&mut packets))
+}
+
+fn ipam(report: Option<&Path>) -> Result<()> {
     cmd::step("build for speed", || {
         cmd::run(&mut cmd::cargo(&[
             "build",
@@ -55,3 +99,4 @@ pub(crate) fn run(bench: Bench, report: Option<&Path>) -> Result<()> {
 }
 
 const ALLOCATOR: &str = "eniway-ipam";
+const COMPILER: &str = "eniway-policy";

@@ -1,4 +1,4 @@
-//! The commands that show what runs: `eniway status`, `pods`, `counters`, `trace`; and `detach`, which ends it.
+//! The commands that show what runs: `eniway status`, `pods`, `counters`, `policy`, `trace`; and `detach`, which ends it.
 //!
 //! They read the agent's status file for names and wishes, and the pinned tables for what is. Neither needs a running
 //! agent; without one, a line on standard error says so.
@@ -7,6 +7,7 @@ pub mod counters;
 pub mod detach;
 pub mod ipam;
 pub mod pods;
+pub mod policy;
 pub mod status;
 pub mod table;
 pub mod trace;
@@ -39,6 +40,9 @@ pub enum CliError {
     /// The agent's status file.
     #[error(transparent)]
     Status(#[from] StatusError),
+    /// The agent's file of security groups.
+    #[error(transparent)]
+    Policy(#[from] crate::policy::PolicyStateError),
     /// The pinned tables.
     #[error(transparent)]
     Tables(#[from] TablesError),

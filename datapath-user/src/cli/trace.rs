@@ -10,14 +10,17 @@ use clap::ValueEnum;
 use datapath_common::{
     abi::{
         Endpoint, Outcome,
+        endpoint::flag,
         maps::{SERVICE_MARK, host_dst},
     },
     decide::{Decision, eni_ingress, pod_egress, pod_ingress},
     packet::{
         ipv4,
+        l4::ECHO_REQUEST,
         link::{TPID_8021Q, Tag},
     },
 };
+use eniway_policy::explain::Traffic;
 use etherparse::PacketBuilder;
 use serde::Serialize;
 
@@ -29,6 +32,7 @@ use super::{
 use crate::{
     live::{LiveTables, Step},
     net::Mac,
+    policy::PolicyState,
 };
 
 /// Show, step by step, what the datapath would do with a packet of a pod
@@ -235,6 +239,8 @@ struct Leg {
     action: String,
     /// With the outcome `wire` of a packet that leaves.
     wire: Option<Wire>,
+    /// Between pods of the node: what security groups say, rule by rule.
+    groups: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -406,6 +412,7 @@ impl<'a> Trace<'a> {
         };
         let place = format!("{}, what {name} sends", self.node.host_interface(pod));
         self.leg("pod_egress", place, packet, &decision, action, wire)?;
+        self.explain_groups(pod, packet)?;
         Ok(decision)
     }
 
@@ -460,7 +467,29 @@ impl<'a> Trace<'a> {
             remark_meaning: decision.remark.map(meaning),
             action,
             wire,
+            groups: Vec::new(),
         });
+        Ok(())
+    }
+
+    /// Adds to the last leg what security groups say of a packet to another pod of the node. An answer follows its flow.
+    fn explain_groups(&mut self, pod: &Endpoint, packet: Packet) -> Result<(), CliError> {
+        let Some(to) = self.tables.pod(packet.dst)?.filter(|to| to.id != pod.id) else { return Ok(()) };
+        if packet.turn == Turn::Answers || (pod.flags | to.flags) & (flag::GROUPS | flag::OBSERVE) == 0 {
+            return Ok(());
+        }
+        let state = PolicyState::read(&self.node.config.run_dir)?.unwrap_or_default();
+        let port = match packet.proto {
+            Proto::Icmp => u16::from(ECHO_REQUEST) << 8,
+            Proto::Tcp | Proto::Udp => packet.dst_port,
+        };
+        let traffic = Traffic { proto: packet.proto.number(), port };
+        let (from, towards) = ((packet.src, pod), (packet.dst, to));
+        let lines = super::policy::rule_by_rule(&state, self.tables, from, towards, traffic);
+        if let Some(leg) = self.legs.last_mut() {
+            leg.groups = lines;
+        }
+        self.tables.take_steps()?;
         Ok(())
     }
 }
@@ -483,6 +512,9 @@ fn text(report: &Report) -> String {
         let (tables, keys) = (width(|step| step.table), width(|step| &step.key));
         for Step { table, key, answer } in &leg.steps {
             let _ = writeln!(out, "     {table:<tables$}  {key:<keys$}  {answer}");
+        }
+        for line in &leg.groups {
+            let _ = writeln!(out, "   groups: {line}");
         }
         if let (Some(remark), Some(meaning)) = (leg.remark, &leg.remark_meaning) {
             let _ = writeln!(out, "   remark: {remark} ({meaning})");

@@ -142,6 +142,7 @@ pub(super) enum Side {
 pub(super) struct Store {
     pub(super) words: Vec<u32>,
     known: HashMap<Program, u32>,
+    said: HashMap<u32, Said>,
     sides: HashMap<Vec<u32>, Side>,
 }
 
@@ -150,7 +151,7 @@ pub(super) struct OverBudget;
 
 impl Store {
     pub(super) fn new() -> Self {
-        Self { words: vec![0], known: HashMap::new(), sides: HashMap::new() }
+        Self { words: vec![0], known: HashMap::new(), said: HashMap::new(), sides: HashMap::new() }
     }
 
     /// Where a program begins; 0 = it says nothing. Equal programs are there once.
@@ -174,6 +175,7 @@ impl Store {
         let at = self.words.len() as u32;
         self.words.push(program.len() as u32);
         self.words.extend_from_slice(&program);
+        self.said.insert(at, Said::of(&program));
         self.known.insert(program, at);
         Ok(at)
     }
@@ -188,31 +190,44 @@ impl Store {
 
     /// What several groups say together, in their order; what none says anything of is denied.
     pub(super) fn side(&mut self, programs: &[u32]) -> Side {
-        let says = |program: &[u32], what: u32| program.iter().any(|word| word & 0xff == what);
         // Most are told by the first group that says anything: what it says stands.
-        let programs: Vec<u32> = programs.iter().copied().filter(|at| *at != 0).collect();
-        let Some(first) = programs.first() else { return Side::DeniesAll };
-        let first = self.program(*first);
-        match (says(first, ALLOW), says(first, DENY), says(first, NOTHING)) {
-            (true, true, _) => return Side::Mixed,
-            (true, false, false) => return Side::AllowsAll,
-            (false, true, false) => return Side::DeniesAll,
+        let Some(place) = programs.iter().position(|at| *at != 0) else { return Side::DeniesAll };
+        let programs = &programs[place..];
+        match self.said[&programs[0]] {
+            Said { allow: true, deny: true, .. } => return Side::Mixed,
+            Said { allow: true, nothing: false, .. } => return Side::AllowsAll,
+            Said { deny: true, nothing: false, .. } => return Side::DeniesAll,
             _ => {}
         }
-        if let Some(side) = self.sides.get(&programs) {
+        if let Some(side) = self.sides.get(programs) {
             return *side;
         }
-        let mut whole = first.to_vec();
+        let mut whole = self.program(programs[0]).to_vec();
         for next in &programs[1..] {
             whole = overlay(&whole, self.program(*next));
         }
-        let side = match (says(&whole, ALLOW), says(&whole, DENY) || says(&whole, NOTHING)) {
-            (true, false) => Side::AllowsAll,
-            (false, _) => Side::DeniesAll,
-            (true, true) => Side::Mixed,
+        let side = match Said::of(&whole) {
+            Said { allow: true, deny: false, nothing: false } => Side::AllowsAll,
+            Said { allow: true, .. } => Side::Mixed,
+            Said { allow: false, .. } => Side::DeniesAll,
         };
-        self.sides.insert(programs, side);
+        self.sides.insert(programs.to_vec(), side);
         side
+    }
+}
+
+/// What a program says anywhere.
+#[derive(Clone, Copy)]
+struct Said {
+    allow: bool,
+    deny: bool,
+    nothing: bool,
+}
+
+impl Said {
+    fn of(program: &[u32]) -> Self {
+        let has = |what: u32| program.iter().any(|word| word & 0xff == what);
+        Self { allow: has(ALLOW), deny: has(DENY), nothing: has(NOTHING) }
     }
 }
 
