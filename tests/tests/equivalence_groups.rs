@@ -82,6 +82,12 @@ fn decisions_agree_with_the_vpc() {
 }
 
 #[test]
+fn decisions_agree_with_the_vpc_while_nothing_changes() {
+    let size = Size { flows: FLOWS, waits: true, changes: false };
+    compare("host build, no changes", rule_sets().div_ceil(2), size, on_the_host);
+}
+
+#[test]
 fn kernel_programs_agree_with_the_vpc() {
     let node = RefCell::new(KernelNode::load().expect("the programs load"));
     let size = Size { flows: FLOWS, waits: false, changes: true };
