@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use datapath_common::{abi::Outcome, testing::GATEWAY_MAC};
+use datapath_common::{
+    abi::{Admitted, Outcome},
+    testing::GATEWAY_MAC,
+};
 
 use super::{Case, Step, case::State};
 use crate::lab::groups::{Packet, Verdict, Vpc, packet::Part};
@@ -163,6 +166,9 @@ const fn replaced(step: &Step) -> Option<usize> {
     if let Step::Replace(pod, _) = step { Some(*pod) } else { None }
 }
 
+/// So much before its time the fast path may end a flow: it notes when one was seen only that often, and in whole seconds.
+pub const EARLY: Duration = Duration::from_secs(Admitted::REFRESH as u64 + 1);
+
 /// A VPC at the beginning of a case.
 pub fn vpc(state: &State) -> Vpc {
     let mut vpc = Vpc::default();
@@ -186,7 +192,7 @@ pub fn change(vpc: &mut Vpc, state: &State, step: &Step) {
 
 /// Runs a case in both worlds, on nodes that know nothing yet. What arrives with the fast path must arrive without it. What
 /// arrives without it must arrive with it, unless that is for what the VPC remembers and [cannot](new_to_the_vpc) where there
-/// is a fast path.
+/// is a fast path, or for the end of an idle flow.
 ///
 /// # Errors
 ///
@@ -194,7 +200,7 @@ pub fn change(vpc: &mut Vpc, state: &State, step: &Step) {
 pub fn run(case: &Case, fast: &mut dyn Node, slow: &mut dyn Node) -> Result<Tally, Difference> {
     let mut state = case.state();
     let mut worlds = [World::new(fast, &state), World::new(slow, &state)];
-    let mut forgetful = vpc(&state);
+    let mut forgetful = vpc(&state).ending_early(EARLY);
     // What is too large for the receiver goes by the wire, where the VPC takes it for the first packet of a flow. Who has opened
     // the flow, it cannot know, and that matters when rules change.
     let changes = case.steps.iter().any(|step| !matches!(step, Step::Send(..) | Step::Wait(_)));

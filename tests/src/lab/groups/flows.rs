@@ -20,6 +20,8 @@ pub struct Vpc {
     flows: HashMap<Key, Flow>,
     /// What became of the first fragments, by what all fragments of a datagram share.
     fates: HashMap<(Ipv4Addr, Ipv4Addr, u8, u16), Verdict>,
+    /// By how much flows end before their time.
+    early: Duration,
 }
 
 /// What the packets of a flow have in common. Where they go both ways, the lesser end comes first.
@@ -57,6 +59,12 @@ enum Role {
 }
 
 impl Vpc {
+    /// A VPC whose flows end so much before their time.
+    #[must_use]
+    pub fn ending_early(self, early: Duration) -> Self {
+        Self { early, ..self }
+    }
+
     /// Sees a packet and says whether it passes. `now`: since any moment that stays the same; it never goes back.
     pub fn see(&mut self, now: Duration, packet: &Packet) -> Verdict {
         let datagram = (packet.src, packet.dst, packet.proto, packet.ident);
@@ -73,9 +81,10 @@ impl Vpc {
 
     fn see_whole(&mut self, now: Duration, packet: &Packet) -> Verdict {
         let role = Role::of(packet);
+        let early = self.early;
         if let Role::MayOpen(key) | Role::Follows(key) = role {
             match self.flows.get_mut(&key) {
-                Some(flow) if flow.lives(now) => {
+                Some(flow) if flow.lives(now + early) => {
                     flow.note(now, packet);
                     return Verdict::Pass;
                 }
@@ -130,7 +139,8 @@ impl Vpc {
 
     /// Forgets what is over, for a VPC that runs long.
     pub fn tidy(&mut self, now: Duration) {
-        self.flows.retain(|_, flow| flow.lives(now));
+        let early = self.early;
+        self.flows.retain(|_, flow| flow.lives(now + early));
         self.fates.clear();
     }
 
