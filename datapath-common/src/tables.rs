@@ -11,8 +11,8 @@ use crate::decide::policy;
 pub trait Rules {
     /// The epoch; its lowest bit says which half is in force.
     fn epoch(&self) -> u32;
-    /// A row of verdicts, by [`class_row`](crate::abi::policy::class_row).
-    fn verdicts(&self, row: u32) -> Option<&VerdictRow>;
+    /// The verdicts of a class.
+    fn verdicts(&self, class: u32) -> Option<&VerdictRow>;
     /// The groups of a class, by [`class_row`](crate::abi::policy::class_row).
     fn class_groups(&self, row: u32) -> Option<&ClassGroups>;
     /// A group's programs, by [`program_row`](crate::abi::policy::program_row).

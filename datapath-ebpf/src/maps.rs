@@ -69,16 +69,16 @@ static FRAGS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(M
 /// Written by the agent, after what it switches to; read by `pod_egress`; lives on.
 #[map]
 static EPOCH: Array<u32> = Array::with_max_entries(1, 0);
+/// Written by the agent; read by `pod_egress`; lives as long as the rules.
+#[map]
+static VERDICT: Array<VerdictRow> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
 /// Written by the agent in the half that is not in force; read by `pod_egress`; lives until the half is written again.
 #[map]
-static VERDICT: Array<VerdictRow> = Array::with_max_entries(2 * (DEFAULT_ENDPOINTS + 1), 0);
-/// As `VERDICT`.
-#[map]
 static CLASS: Array<ClassGroups> = Array::with_max_entries(2 * (DEFAULT_ENDPOINTS + 1), 0);
-/// As `VERDICT`.
+/// As `CLASS`.
 #[map]
 static PROGRAM: Array<ProgramRow> = Array::with_max_entries(4 * MAX_GROUPS, 0);
-/// As `VERDICT`.
+/// As `CLASS`.
 #[map]
 static RULES: Array<Page> = Array::with_max_entries(2 * PAGES, 0);
 /// Written here when a flow's state changes, flushed by the agent with its pods; read by `pod_egress`; the least recently
@@ -104,8 +104,8 @@ impl Rules for Kernel {
     }
 
     #[inline(always)]
-    fn verdicts(&self, row: u32) -> Option<&VerdictRow> {
-        VERDICT.get(row)
+    fn verdicts(&self, class: u32) -> Option<&VerdictRow> {
+        VERDICT.get(class)
     }
 
     #[inline(always)]

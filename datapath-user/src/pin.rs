@@ -154,7 +154,7 @@ pub fn layouts(limits: &Limits) -> [(&'static str, MapLayout); maps::ALL.len()] 
         (maps::FRAGS, layout::<FragmentKey, Fragment>(MapType::LruHash, MAX_FRAGS)),
         (maps::COUNTERS, layout::<u32, CounterRow>(MapType::PerCpuArray, pods + 1)),
         (maps::EPOCH, layout::<u32, u32>(MapType::Array, 1)),
-        (maps::VERDICT, layout::<u32, VerdictRow>(MapType::Array, 2 * limits.classes())),
+        (maps::VERDICT, layout::<u32, VerdictRow>(MapType::Array, limits.classes())),
         (maps::CLASS, layout::<u32, ClassGroups>(MapType::Array, 2 * limits.classes())),
         (maps::PROGRAM, layout::<u32, ProgramRow>(MapType::Array, 4 * MAX_GROUPS)),
         (maps::RULES, layout::<u32, Page>(MapType::Array, 2 * PAGES)),

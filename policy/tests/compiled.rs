@@ -245,7 +245,7 @@ fn check(groups: &Groups, pods: &BTreeMap<u8, PodFacts>, family: Family, probes:
         for (to, b) in pods.iter().filter(|(to, _)| *to != from) {
             let class = |key| compiled.classes.get(key).copied().unwrap_or(0);
             let (own, peer) = (class(from), class(to));
-            let verdict = verdict(&rules, 3, own, peer);
+            let verdict = verdict(&rules, own, peer);
             assert_eq!(verdict, compiled.tables.verdict(own, peer) as u8);
             if own == 0 || peer == 0 {
                 assert_eq!(verdict, Verdict::Wire as u8);

@@ -36,7 +36,7 @@ pub const COUNTERS: &str = "COUNTERS";
 
 /// Epoch of the security groups' tables. Array with one `u32`: its lowest bit says which half is in force.
 pub const EPOCH: &str = "EPOCH";
-/// Verdicts. Array by [`class_row`](super::policy::class_row) of [`VerdictRow`](super::policy::VerdictRow).
+/// Verdicts. Array by class of [`VerdictRow`](super::policy::VerdictRow).
 pub const VERDICT: &str = "VERDICT";
 /// Groups of classes. Array by [`class_row`](super::policy::class_row) of
 /// [`ClassGroups`](super::policy::ClassGroups).

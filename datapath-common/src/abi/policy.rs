@@ -6,8 +6,11 @@
 //! **program** for traffic to the receiver's class, then the same from the receiver's side. A program is a sorted list of
 //! disjoint intervals of [`traffic_key`] with the group's say on each.
 //!
-//! All of it stands twice. The lowest bit of the **epoch** says which half is in force; the other one is written, then the
-//! epoch is counted up. A flow remembers the epoch in which it was allowed, and is judged again when that is over.
+//! Groups and programs stand twice. The lowest bit of the **epoch** says which half is in force; the other one is written, then
+//! the epoch is counted up. A flow remembers the epoch in which it was allowed, and is judged again when that is over.
+//!
+//! Verdicts stand once, so that the way of an open pair is one look-up long. [`Verdict::Check`] is true of every pair, whatever
+//! the rules: it asks them. A verdict that changes becomes that before the epoch is counted up, and what it is to be after.
 
 use core::mem::{offset_of, size_of};
 
@@ -75,7 +78,7 @@ pub const fn interval(key: u32, says: u32) -> u32 {
     key << 8 | says
 }
 
-/// Value of map `VERDICT`: the verdicts of one class towards all others. Row `2 × class + half`.
+/// Value of map `VERDICT`, by class: its verdicts towards all others.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VerdictRow {
@@ -201,7 +204,7 @@ const _: () = {
     assert!(size_of::<Page>() == 16384);
 };
 
-/// Index of a row of `VERDICT` or `CLASS`.
+/// Index of a row of `CLASS`.
 #[inline(always)]
 pub const fn class_row(class: u32, epoch: u32) -> u32 {
     2 * class + (epoch & 1)

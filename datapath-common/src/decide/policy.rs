@@ -35,13 +35,18 @@ const FAST: Ruling = Ruling { fast: true, remark: None };
 #[inline(always)]
 pub(super) fn rule<T: Tables>(tables: &T, pod: &Endpoint, to: &Endpoint, ip: &Ipv4) -> Ruling {
     let flags = pod.flags | to.flags;
-    if flags & (flag::GROUPS | flag::OBSERVE | flag::OFF) == 0 {
+    if flags == 0 {
+        return FAST;
+    }
+    let verdict = verdict(tables, pod.policy_id, to.policy_id);
+    // First, and with as little asked as can be: what costs nothing but this.
+    if verdict == Verdict::Open as u8 && flags == flag::GROUPS {
         return FAST;
     }
     if flags & flag::OFF != 0 {
         return WIRE;
     }
-    let ruling = by_groups(tables, pod, to, ip);
+    let ruling = by_groups(tables, verdict, pod, to, ip);
     if flags & flag::OBSERVE == 0 {
         return ruling;
     }
@@ -66,14 +71,12 @@ pub(super) fn may_follow<T: Tables>(tables: &T, pod: &Endpoint, to: &Endpoint) -
     if flags & flag::GROUPS == 0 || flags & flag::OBSERVE != 0 {
         return true;
     }
-    let verdict = verdict(tables, tables.epoch(), pod.policy_id, to.policy_id);
+    let verdict = verdict(tables, pod.policy_id, to.policy_id);
     verdict == Verdict::Open as u8 || verdict == Verdict::Check as u8
 }
 
 #[inline(always)]
-fn by_groups<T: Tables>(tables: &T, pod: &Endpoint, to: &Endpoint, ip: &Ipv4) -> Ruling {
-    let epoch = tables.epoch();
-    let verdict = verdict(tables, epoch, pod.policy_id, to.policy_id);
+fn by_groups<T: Tables>(tables: &T, verdict: u8, pod: &Endpoint, to: &Endpoint, ip: &Ipv4) -> Ruling {
     if verdict == Verdict::Open as u8 {
         return FAST;
     }
@@ -84,14 +87,14 @@ fn by_groups<T: Tables>(tables: &T, pod: &Endpoint, to: &Endpoint, ip: &Ipv4) ->
     if verdict != Verdict::Check as u8 || pod.mtu != to.mtu {
         return wire(Outcome::PolicyWire);
     }
-    check(tables, epoch, pod, to, ip)
+    check(tables, tables.epoch(), pod, to, ip)
 }
 
 /// What holds between two classes: a [`Verdict`]'s number.
 #[inline(always)]
-pub fn verdict<R: Rules + ?Sized>(rules: &R, epoch: u32, from: u32, to: u32) -> u8 {
+pub fn verdict<R: Rules + ?Sized>(rules: &R, from: u32, to: u32) -> u8 {
     let to = to as usize;
-    match rules.verdicts(class_row(from, epoch)) {
+    match rules.verdicts(from) {
         Some(row) if to < CLASSES => row.verdicts[to & (CLASSES - 1)],
         _ => Verdict::Wire as u8,
     }

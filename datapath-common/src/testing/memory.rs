@@ -127,8 +127,8 @@ impl Rules for MemoryTables {
         self.rules.epoch
     }
 
-    fn verdicts(&self, row: u32) -> Option<&VerdictRow> {
-        self.rules.verdicts(row)
+    fn verdicts(&self, class: u32) -> Option<&VerdictRow> {
+        self.rules.verdicts(class)
     }
 
     fn class_groups(&self, row: u32) -> Option<&ClassGroups> {

@@ -31,9 +31,7 @@ impl MemoryRules {
     pub fn set_verdicts(&mut self, class: u32, verdicts: &[u8]) {
         let mut row = Box::new(VerdictRow { verdicts: [0; CLASSES] });
         row.verdicts[..verdicts.len()].copy_from_slice(verdicts);
-        for half in 0..2 {
-            self.verdicts.insert(class_row(class, half), row.clone());
-        }
+        self.verdicts.insert(class, row);
     }
 
     /// Writes the groups of a class.
@@ -140,8 +138,8 @@ impl Rules for MemoryRules {
         self.epoch
     }
 
-    fn verdicts(&self, row: u32) -> Option<&VerdictRow> {
-        self.verdicts.get(&row).map(|row| &**row)
+    fn verdicts(&self, class: u32) -> Option<&VerdictRow> {
+        self.verdicts.get(&class).map(|row| &**row)
     }
 
     fn class_groups(&self, row: u32) -> Option<&ClassGroups> {

@@ -1,7 +1,7 @@
 //! Security groups: compiled for the node's pods, and put in force so that no packet is judged by a mixture of old and new.
 //!
 //! 1. Pods whose class or address changes lose their class first: what they send and receive takes the wire.
-//! 2. The half of the tables that is not in force is written, and switched to.
+//! 2. The compiled tables are switched to ([`PolicyMaps::enforce`](crate::tables::PolicyMaps::enforce)).
 //! 3. The pods get their new class with their records, as everything else of them changes.
 //!
 //! Between the steps the agent waits until no program runs that began before. A class keeps its number as long as most of its
@@ -14,7 +14,7 @@ use std::{
 
 use datapath_common::abi::{Endpoint, endpoint::flag};
 use eniway_policy::{
-    compile::{Compiled, Family, PodFacts, Tables as Rules, compile},
+    compile::{Compiled, Family, PodFacts, compile},
     model::Groups,
 };
 use tokio::time;
@@ -24,7 +24,7 @@ use crate::{
     config::{Config, FastPath},
     policy::PolicyState,
     source::{Desired, Pod},
-    tables::{GRACE, Tables, TablesError},
+    tables::{GRACE, Tables, TablesError, Written},
 };
 
 /// What the agent knows of what is in force.
@@ -33,8 +33,7 @@ pub(super) struct Policy {
     /// What was compiled, and from what: the same need not be compiled again.
     from: Option<(Groups, BTreeMap<u64, PodFacts>)>,
     compiled: Compiled<u64>,
-    /// What the two halves hold, as far as this agent wrote them.
-    written: [Option<Rules>; 2],
+    written: Written,
     in_force: bool,
     reported: Option<PolicyState>,
     /// Why the groups are not in force as they should be.
@@ -153,8 +152,8 @@ impl Agent {
         if demoted {
             self.tables.maps.policy.wait_for_programs();
         }
-        let half = self.tables.maps.policy.epoch()? as usize & 1;
-        self.policy.in_force |= self.policy.written[half].as_ref() == Some(&self.policy.compiled.tables);
+        let epoch = self.tables.maps.policy.epoch()?;
+        self.policy.in_force |= self.policy.written.is(epoch, &self.policy.compiled.tables);
         if !self.policy.in_force {
             let policy = &mut self.policy;
             let rows = self.tables.maps.policy.enforce(&policy.compiled.tables, &mut policy.written)?;

@@ -141,7 +141,7 @@ fn pair(tables: &LiveTables, from: Known<'_>, to: Known<'_>) -> (&'static str, S
     if flags & (flag::GROUPS | flag::OBSERVE) == 0 {
         return (Verdict::Open.name(), "security groups are not asked".to_owned());
     }
-    let number = verdict(tables, tables.epoch(), own.policy_id, peer.policy_id);
+    let number = verdict(tables, own.policy_id, peer.policy_id);
     let verdict = Verdict::ALL.into_iter().find(|verdict| *verdict as u8 == number).unwrap_or(Verdict::Wire);
     let why = match verdict {
         Verdict::Open => "all traffic is allowed, both ways".to_owned(),

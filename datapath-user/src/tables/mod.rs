@@ -18,7 +18,10 @@ use aya::{maps::MapError, sys::SyscallError};
 use datapath_common::abi::Endpoint;
 
 pub(crate) use self::handles::layout_of;
-pub use self::{handles::Maps, policy::PolicyMaps};
+pub use self::{
+    handles::Maps,
+    policy::{PolicyMaps, Written},
+};
 use crate::{error::whole, net};
 
 /// How long a slot or id rests. A program runs for microseconds; a preempted one may sleep a while.

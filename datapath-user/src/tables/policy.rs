@@ -6,8 +6,8 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use datapath_common::abi::{
     Admitted, PairKey, maps,
     policy::{
-        CLASSES, ClassGroups, MAX_GROUPS, PAGE_WORDS, PAGES, Page, ProgramRow, VerdictRow, class_row,
-        page_row, program_row,
+        CLASSES, ClassGroups, MAX_GROUPS, PAGE_WORDS, PAGES, Page, ProgramRow, Verdict, VerdictRow,
+        class_row, page_row, program_row,
     },
 };
 use eniway_policy::compile::Tables as Rules;
@@ -54,7 +54,7 @@ impl PolicyMaps {
         let make = "create";
         Ok(Self {
             epoch: Array::create(1, 0).map_err(failed(maps::EPOCH, make))?,
-            verdict: Array::create(2 * limits.classes(), 0).map_err(failed(maps::VERDICT, make))?,
+            verdict: Array::create(limits.classes(), 0).map_err(failed(maps::VERDICT, make))?,
             class: Array::create(2 * limits.classes(), 0).map_err(failed(maps::CLASS, make))?,
             program: Array::create(4 * MAX_GROUPS, 0).map_err(failed(maps::PROGRAM, make))?,
             rules: Array::create(2 * PAGES, 0).map_err(failed(maps::RULES, make))?,
@@ -77,13 +77,13 @@ impl PolicyMaps {
         self.epoch.get(&0, 0).map_err(failed(maps::EPOCH, "read"))
     }
 
-    /// A row of verdicts.
+    /// The verdicts of a class.
     ///
     /// # Errors
     ///
     /// When the map cannot be read.
-    pub fn verdicts(&self, row: u32) -> Result<VerdictRow, TablesError> {
-        self.verdict.get(&row, 0).map(|raw| raw.0).map_err(failed(maps::VERDICT, "read"))
+    pub fn verdicts(&self, class: u32) -> Result<VerdictRow, TablesError> {
+        self.verdict.get(&class, 0).map(|raw| raw.0).map_err(failed(maps::VERDICT, "read"))
     }
 
     /// The groups of a class.
@@ -122,13 +122,13 @@ impl PolicyMaps {
         self.epoch.set(0, epoch, 0).map_err(failed(maps::EPOCH, "write"))
     }
 
-    /// Writes a row of verdicts.
+    /// Writes the verdicts of a class.
     ///
     /// # Errors
     ///
     /// When the map cannot be written.
-    pub fn set_verdicts(&mut self, row: u32, verdicts: &VerdictRow) -> Result<(), TablesError> {
-        self.verdict.set(row, Raw(*verdicts), 0).map_err(failed(maps::VERDICT, "write"))
+    pub fn set_verdicts(&mut self, class: u32, verdicts: &VerdictRow) -> Result<(), TablesError> {
+        self.verdict.set(class, Raw(*verdicts), 0).map_err(failed(maps::VERDICT, "write"))
     }
 
     /// Writes the groups of a class.
@@ -216,21 +216,58 @@ impl PolicyMaps {
         self.pair_mark.set(id, 0, 0).map_err(failed(maps::PAIR_MARK, "write"))
     }
 
-    /// Puts rules in force: writes the half that is not, counts the epoch up, and waits until no program runs that may have
-    /// begun before. Only rows that differ from what `written` says of that half are written; it is brought up to date.
+    /// Puts rules in force:
+    ///
+    /// 1. verdicts that change become "check", which is true of every pair;
+    /// 2. the half that is not in force is written, and the epoch counted up;
+    /// 3. the verdicts become what they are to be.
+    ///
+    /// Between the steps, and at the end, no program runs any more that began before. Only rows that differ from what
+    /// `written` says of them are written; it is brought up to date. Returns how many were.
     ///
     /// # Errors
     ///
-    /// When a map cannot be written; then the half in force stays so.
-    pub fn enforce(&mut self, rules: &Rules, written: &mut [Option<Rules>; 2]) -> Result<usize, TablesError> {
-        let epoch = self.epoch()?.wrapping_add(1);
-        let half = epoch as usize & 1;
+    /// When a map cannot be written; what is in force then is the old rules or the new ones, and calling again continues.
+    pub fn enforce(&mut self, rules: &Rules, written: &mut Written) -> Result<usize, TablesError> {
         // What is not known is written in full. On failure nothing is known.
-        let before = written[half].take();
+        let Written { halves: [even, odd], verdicts } = written;
+        let epoch = self.epoch()?.wrapping_add(1);
+        let half = if epoch & 1 == 0 { even } else { odd };
+        let (before, known) = (half.take(), verdicts.take());
+
+        let changed = self.changed(rules, known.as_ref());
+        for (class, row) in &changed {
+            let old = known.as_ref().and_then(|known| known.get(class));
+            self.set_verdicts(*class, &transitional(old, row))?;
+        }
         let rows = self.write(epoch, rules, before.as_ref())?;
-        written[half] = Some(rules.clone());
-        self.switch(epoch)?;
-        Ok(rows)
+        if !changed.is_empty() {
+            self.wait_for_programs();
+        }
+        self.set_epoch(epoch)?;
+        self.wait_for_programs();
+        for (class, row) in &changed {
+            self.set_verdicts(*class, &full(row))?;
+        }
+        if !changed.is_empty() {
+            self.wait_for_programs();
+        }
+        *half = Some(rules.clone());
+        *verdicts = Some(rules.verdicts.clone());
+        Ok(rows + changed.len())
+    }
+
+    /// The verdicts that are to be, of classes of which they are not.
+    fn changed(&self, rules: &Rules, known: Option<&Verdicts>) -> Verdicts {
+        let wanted = |class: u32| rules.verdicts.get(&class).cloned().unwrap_or_default();
+        let classes = 1..self.classes() as u32;
+        match known {
+            None => classes.map(|class| (class, wanted(class))).collect(),
+            Some(known) => classes
+                .filter(|class| known.get(class) != rules.verdicts.get(class))
+                .map(|class| (class, wanted(class)))
+                .collect(),
+        }
     }
 
     /// Waits until every program has ended that runs now. They run as RCU readers, and `MEMBARRIER_CMD_GLOBAL` is
@@ -244,32 +281,17 @@ impl PolicyMaps {
         }
     }
 
-    fn switch(&mut self, epoch: u32) -> Result<(), TablesError> {
-        self.set_epoch(epoch)?;
-        self.wait_for_programs();
-        Ok(())
-    }
-
     fn write(&mut self, epoch: u32, rules: &Rules, before: Option<&Rules>) -> Result<usize, TablesError> {
         let mut rows = 0;
         let none = Rules::default();
         let known = before.unwrap_or(&none);
-        // Rows without a successor are cleared; those of a half that is not known, too.
+        // Classes that are no more are cleared; those of a half that is not known, too.
         for class in 1..self.classes() as u32 {
-            let differs = before.is_none()
-                || known.verdicts.get(&class) != rules.verdicts.get(&class)
-                || known.lists.get(&class) != rules.lists.get(&class);
-            if !differs {
+            if before.is_some() && known.lists.get(&class) == rules.lists.get(&class) {
                 continue;
             }
-            let mut row = VerdictRow { verdicts: [0; CLASSES] };
-            if let Some(verdicts) = rules.verdicts.get(&class) {
-                row.verdicts[..verdicts.len()].copy_from_slice(verdicts);
-            }
             let list = rules.lists.get(&class).copied().unwrap_or_default();
-            let at = class_row(class, epoch);
-            self.set_verdicts(at, &row)?;
-            self.set_class_groups(at, &list)?;
+            self.set_class_groups(class_row(class, epoch), &list)?;
             rows += 1;
         }
         rows += self.write_programs(epoch, &rules.programs, before.map(|known| &known.programs))?;
@@ -309,5 +331,55 @@ impl PolicyMaps {
             rows += 1;
         }
         Ok(rows)
+    }
+}
+
+/// Verdicts by class, then by class of the receiver.
+type Verdicts = BTreeMap<u32, Vec<u8>>;
+
+/// What is known of what stands in the maps.
+#[derive(Default)]
+pub struct Written {
+    /// Groups and programs of the two halves.
+    halves: [Option<Rules>; 2],
+    verdicts: Option<Verdicts>,
+}
+
+impl Written {
+    /// Whether these rules are in force.
+    pub fn is(&self, epoch: u32, rules: &Rules) -> bool {
+        self.halves[epoch as usize & 1].as_ref() == Some(rules)
+            && self.verdicts.as_ref() == Some(&rules.verdicts)
+    }
+}
+
+fn full(verdicts: &[u8]) -> VerdictRow {
+    let mut row = VerdictRow { verdicts: [Verdict::Wire as u8; CLASSES] };
+    row.verdicts[..verdicts.len()].copy_from_slice(verdicts);
+    row
+}
+
+/// The new verdicts, with "check" wherever the old ones differ, or are not known.
+fn transitional(old: Option<&Vec<u8>>, new: &[u8]) -> VerdictRow {
+    let Some(old) = old else { return VerdictRow { verdicts: [Verdict::Check as u8; CLASSES] } };
+    let (old, mut row) = (full(old), full(new));
+    for (verdict, old) in row.verdicts.iter_mut().zip(old.verdicts) {
+        if *verdict != old {
+            *verdict = Verdict::Check as u8;
+        }
+    }
+    row
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_changes_is_asked_for_meanwhile() {
+        let (wire, open, check) = (Verdict::Wire as u8, Verdict::Open as u8, Verdict::Check as u8);
+        let row = transitional(Some(&vec![wire, open, open, check]), &[wire, open, check, open, open]);
+        assert_eq!(row.verdicts[..6], [wire, open, check, check, check, wire]);
+        assert!(transitional(None, &[open]).verdicts.iter().all(|verdict| *verdict == check));
     }
 }

@@ -23,6 +23,7 @@ use datapath_common::{
 use datapath_user::{
     config::{FastPath, Limits, Xdp},
     object::Constants,
+    tables::Written,
 };
 use eniway_policy::{
     compile::{Family, PodFacts, compile},
@@ -151,7 +152,7 @@ fn ready(name: &'static str, case: Case) -> Result<Bench> {
     ensure!(
         compiled.tables.verdict(1, 2) == Verdict::Check && compiled.tables.verdict(3, 3) == Verdict::Open
     );
-    programs.maps.policy.enforce(&compiled.tables, &mut [None, None])?;
+    programs.maps.policy.enforce(&compiled.tables, &mut Written::default())?;
 
     let (client, server) = ((A.ipv4, 4000), (B.ipv4, PORT));
     let syn = matches!(case, Case::First(_));
