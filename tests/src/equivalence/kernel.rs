@@ -11,7 +11,7 @@ use datapath_common::{
 use datapath_user::{
     config::{FastPath, Limits, Xdp},
     object::Constants,
-    tables::Index,
+    tables::{Index, Written},
 };
 use eniway_policy::compile::{Compiled, Tables};
 
@@ -29,8 +29,8 @@ const IDS: u32 = 60;
 /// The kernel programs and their maps. What a case leaves is forgotten at the beginning of the next one.
 pub struct KernelNode {
     programs: Programs,
-    /// What the halves of the maps hold.
-    written: [Option<Tables>; 2],
+    /// What the maps hold.
+    written: Written,
     rules: Tables,
     classes: BTreeMap<usize, u32>,
     records: BTreeMap<usize, Endpoint>,
@@ -55,7 +55,7 @@ impl KernelNode {
         programs.fill(&node)?;
         Ok(Self {
             programs,
-            written: [None, None],
+            written: Written::default(),
             rules: Tables::default(),
             classes: BTreeMap::new(),
             records: BTreeMap::new(),
