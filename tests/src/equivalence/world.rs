@@ -190,9 +190,9 @@ pub fn change(vpc: &mut Vpc, state: &State, step: &Step) {
     }
 }
 
-/// Runs a case in both worlds, on nodes that know nothing yet. What arrives with the fast path must arrive without it. What
-/// arrives without it must arrive with it, unless that is for what the VPC remembers and [cannot](new_to_the_vpc) where there
-/// is a fast path, or for the end of an idle flow.
+/// Runs a case in both worlds, on nodes that know nothing yet. The same must arrive in both,
+/// except where a VPC without a fast path and one that has forgotten what it [cannot know](new_to_the_vpc) behind a fast path, and
+/// ends idle flows [early](EARLY), disagree: there either is right.
 ///
 /// # Errors
 ///
@@ -236,7 +236,7 @@ pub fn run(case: &Case, fast: &mut dyn Node, slow: &mut dyn Node) -> Result<Tall
         }
         let must = forgetful.see(worlds[0].now, packet) == Verdict::Pass;
         let [fast, slow] = worlds.each_mut().map(|world| world.send(from, to, packet, &bytes));
-        if fast.arrived() && !slow.arrived() || !fast.arrived() && slow.arrived() && must {
+        if fast.arrived() && !slow.arrived() && !must || !fast.arrived() && slow.arrived() && must {
             return Err(Difference { step: at, fast, slow });
         }
         match fast {
