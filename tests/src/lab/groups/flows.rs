@@ -153,7 +153,9 @@ impl Vpc {
 impl Flow {
     fn note(&mut self, now: Duration, packet: &Packet) {
         self.seen = now;
-        self.answered |= packet.src != self.first.src;
+        // An error is seen of the flow, but is no answer.
+        let error = matches!(packet.transport, Transport::Icmp { quote: Some(_), .. });
+        self.answered |= packet.src != self.first.src && !error;
         if let Transport::Tcp { flags, .. } = packet.transport {
             self.closing |= flags & (flag::FIN | flag::RST) != 0;
         }
