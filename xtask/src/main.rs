@@ -58,6 +58,12 @@ enum Task {
         /// The kernels of the tests in virtual machines.
         #[arg(long, value_name = "VERSIONS", value_delimiter = ',', default_values_t = vm::matrix::KERNELS.map(String::from))]
         kernels: Vec<String>,
+        /// Repeat a run of `equivalence`, which prints its seed.
+        #[arg(long, value_name = "N")]
+        seed: Option<u64>,
+        /// How many random rule sets `equivalence` runs.
+        #[arg(long, value_name = "N", default_value_t = 2000)]
+        rule_sets: u64,
         /// Only tests with this in their name, and whatever else the test runner understands.
         #[arg(last = true)]
         filter: Vec<String>,
@@ -90,7 +96,10 @@ fn main() -> ExitCode {
         Task::Doctor => doctor::run(),
         Task::Demo { keep, report } => lab::demo(keep, report.as_deref()).map(|()| true),
         Task::Lab { args } => lab::run(&args).map(|()| true),
-        Task::Test { group, kernels, filter } => test::run(group, &kernels, &filter),
+        Task::Test { group: Some(test::Group::Equivalence), seed, rule_sets, .. } => {
+            test::equivalence(test::Cases { seed, rule_sets })
+        }
+        Task::Test { group, kernels, filter, .. } => test::run(group, &kernels, &filter),
         Task::Bench { what, engine, kernel, report, args } => {
             bench::run(what, engine, &kernel, report.as_deref(), &args).map(|()| true)
         }

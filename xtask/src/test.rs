@@ -24,6 +24,17 @@ pub(crate) enum Group {
     Lab,
     /// The kernel programs and the doors in the lab, on Debian's kernels in virtual machines.
     Vm,
+    /// Security groups on the fast path against the VPC, at length.
+    Equivalence,
+}
+
+/// What `equivalence` is told.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cases {
+    /// Repeats a run.
+    pub(crate) seed: Option<u64>,
+    /// How many.
+    pub(crate) rule_sets: u64,
 }
 
 /// How the files of the scenarios in the lab begin, in tests/tests; the others test the kernel programs.
@@ -105,6 +116,21 @@ fn test_files(dir: &Path, group: Group) -> Result<Vec<String>> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Runs the random cases of security groups.
+pub(crate) fn equivalence(Cases { seed, rule_sets }: Cases) -> Result<bool> {
+    lab::need_root("testing the kernel programs")?;
+    setup::run(Scope::Tests)?;
+    let mut tests = cmd::cargo(&["test", "--locked", "--package", crates::LAB]);
+    tests.args(["--test", "equivalence_groups", "--", "--test-threads=1", "--nocapture"]);
+    tests.env("ENIWAY_RULE_SETS", rule_sets.to_string());
+    if let Some(seed) = seed {
+        tests.env("ENIWAY_SEED", seed.to_string());
+    }
+    let count = runner("equivalence", &mut tests)?;
+    println!("{} passed, {} failed", count.passed, count.failed);
+    Ok(count.failed == 0 && count.passed > 0)
 }
 
 /// Runs one `cargo test`, passing on and reading what it prints.

@@ -8,8 +8,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use fabric_ebpf::{
-    Addr, BACKENDS, CountKey, ElbKey, FlowCount, FlowKey, Kind, LISTENERS, Nic, PinKey, PortVlan, Service,
-    ServiceKey, nic,
+    Addr, BACKENDS, CountKey, ElbKey, FlowCount, FlowKey, Kind, LISTENERS, Nic, PinKey, PortVlan, REFUSED,
+    Service, ServiceKey, nic,
 };
 
 /// NICs by place. Written by the lab.
@@ -49,6 +49,9 @@ static FLOW_LOG: LruPerCpuHashMap<FlowKey, FlowCount> = LruPerCpuHashMap::with_m
 /// Whether to write `FLOW_LOG`.
 #[unsafe(no_mangle)]
 static LOG_FLOWS: u8 = 1;
+/// The interface behind which security groups are judged; 0 = there are none.
+#[unsafe(no_mangle)]
+static GATE: u32 = 0;
 /// The VPC's network address and mask.
 #[unsafe(no_mangle)]
 static VPC_NETWORK: u32 = 0;
@@ -176,7 +179,56 @@ fn ipv4(ctx: &TcContext, from: &Nic, destination: [u8; 6]) -> Result<i32, Kind> 
         let inside = unsafe { EIPS.get(packet.dst.ip) }.ok_or(Kind::NoEip)?;
         let to = Addr { ip: *inside, ..packet.dst };
         translate(ctx, &mut packet, End::Destination, to)?;
-        return deliver(ctx, &packet, *inside, Kind::NoRoute);
+    } else {
+        forget_return(&packet);
+        // SAFETY: as for `NICS`.
+        if unsafe { VIPS.get(packet.dst.ip) }.is_some() {
+            let backend = choose(&packet)?;
+            translate(ctx, &mut packet, End::Destination, backend)?;
+        }
+    }
+    // SAFETY: set by the loader, read as it is then.
+    let gate = unsafe { core::ptr::read_volatile(&raw const GATE) };
+    if gate == 0 { onward(ctx, from, packet) } else { to_gate(ctx, gate) }
+}
+
+/// Hands the packet, whose ends have the addresses by which their groups judge it, to the gate.
+#[inline(always)]
+fn to_gate(ctx: &TcContext, gate: u32) -> Result<i32, Kind> {
+    // SAFETY: as in `fabric_port`.
+    let tagged = unsafe { (*ctx.skb.skb).vlan_present } != 0;
+    // SAFETY: a helper on a valid context.
+    if tagged && unsafe { bpf_skb_vlan_pop(ctx.skb.skb) } != 0 {
+        return Err(Kind::Malformed);
+    }
+    Ok(redirect(gate))
+}
+
+/// What the gate gives back.
+#[classifier]
+pub fn fabric_judged(ctx: TcContext) -> i32 {
+    let Ok(packet) = parse(&ctx) else { return TC_ACT_SHOT };
+    let source = if in_vpc(packet.src.ip) { packet.src.ip } else { [0; 4] };
+    // SAFETY: as for `NICS`. The NIC may have gone since.
+    let Some(from) = (unsafe { ROUTES.get(source) }) else { return TC_ACT_SHOT };
+    let forwarded = match load::<[u8; 2]>(&ctx, ETH_LEN - 2).map(u16::from_be_bytes) {
+        Ok(REFUSED) => Err(Kind::SecurityGroup),
+        _ => onward(&ctx, from, packet),
+    };
+    match forwarded {
+        Ok(verdict) => verdict,
+        Err(kind) => {
+            count(from.at, kind);
+            TC_ACT_SHOT
+        }
+    }
+}
+
+/// From the addresses inside to those that the destination shall see, and to the destination.
+#[inline(always)]
+fn onward(ctx: &TcContext, from: &Nic, mut packet: Packet) -> Result<i32, Kind> {
+    if from.flags & nic::OUTSIDE != 0 {
+        return deliver(ctx, &packet, packet.dst.ip, Kind::NoRoute);
     }
     from_backend(ctx, &mut packet)?;
     if !in_vpc(packet.dst.ip) {
@@ -186,11 +238,6 @@ fn ipv4(ctx: &TcContext, from: &Nic, destination: [u8; 6]) -> Result<i32, Kind> 
         let to = Addr { ip: from.eip, ..packet.src };
         translate(ctx, &mut packet, End::Source, to)?;
         return deliver(ctx, &packet, [0; 4], Kind::NoEip);
-    }
-    // SAFETY: as for `NICS`.
-    if unsafe { VIPS.get(packet.dst.ip) }.is_some() {
-        let backend = choose(&packet)?;
-        translate(ctx, &mut packet, End::Destination, backend)?;
     }
     deliver(ctx, &packet, packet.dst.ip, Kind::NoRoute)
 }
@@ -255,16 +302,19 @@ fn in_turn(service: &Service) -> Option<Addr> {
     Some(service.backends[(turn % service.count) as usize & (BACKENDS - 1)])
 }
 
+/// A direct connection between the same ends: what an earlier one through the ELB left is void.
+#[inline(always)]
+fn forget_return(packet: &Packet) {
+    if packet.opens {
+        let direct = ElbKey { client: packet.src, server: packet.dst, proto: u32::from(packet.proto) };
+        let _ = ELB_RETURNS.remove(direct);
+    }
+}
+
 /// The way back: the answer of a backend gets the VIP as its source.
 #[inline(always)]
 fn from_backend(ctx: &TcContext, packet: &mut Packet) -> Result<(), Kind> {
-    if packet.proto != TCP && packet.proto != UDP || packet.later_fragment {
-        return Ok(());
-    }
-    if packet.opens {
-        // A direct connection between the same ends: what an earlier one through the ELB left is void.
-        let direct = ElbKey { client: packet.src, server: packet.dst, proto: u32::from(packet.proto) };
-        let _ = ELB_RETURNS.remove(direct);
+    if packet.proto != TCP && packet.proto != UDP || packet.later_fragment || packet.opens {
         return Ok(());
     }
     let back = ElbKey { client: packet.dst, server: packet.src, proto: u32::from(packet.proto) };

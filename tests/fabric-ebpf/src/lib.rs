@@ -162,6 +162,10 @@ const _: () = {
     assert!(size_of::<FlowKey>() == 24);
 };
 
+/// Ethertype of a frame that the gate gives back because security groups deny it, instead of IPv4's (a local experimental
+/// one, IEEE 802).
+pub const REFUSED: u16 = 0x88b5;
+
 macro_rules! kinds {
     ($($(#[doc = $doc:literal])+ $name:ident = $number:literal, $text:literal, $violation:literal;)+) => {
         /// Why the fabric did not forward a frame.
@@ -224,4 +228,6 @@ kinds! {
     ArpIgnored = 39, "arp-ignored", false;
     /// A later fragment to a VIP.
     Fragment = 40, "fragment", false;
+    /// The security groups of one of the ends deny it.
+    SecurityGroup = 41, "security-group", false;
 }

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use eniway_policy::model::{GroupList, Groups};
 pub use nix::sys::signal::Signal;
 use nix::{sys::signal::kill, unistd::Pid};
 use serde_json::{Value, json};
@@ -48,6 +49,8 @@ pub(super) struct Settings<'a> {
     pub(super) host_prefixes: &'a [String],
     pub(super) mtu: u32,
     pub(super) vips: &'a [VipSpec],
+    pub(super) groups: Option<&'a Groups>,
+    pub(super) lists: &'a [(String, GroupList)],
 }
 
 impl Agent {
@@ -86,7 +89,11 @@ impl Agent {
              [host]\nprefixes = [{}]\n",
             agent.pin_dir,
             agent.run_dir(),
-            if settings.fast_path { "all" } else { "off" },
+            match (settings.fast_path, settings.groups) {
+                (false, _) => "off",
+                (true, Some(_)) => "security-groups",
+                (true, None) => "all",
+            },
             settings.xdp.name(),
             prefixes.join(", "),
         );
@@ -368,8 +375,27 @@ fn document(pods: &[&Pod], settings: &Settings<'_>) -> Value {
         .iter()
         .map(|vip| json!({ "ip": vip.ip, "port": vip.port, "protocol": vip.protocol.name() }))
         .collect();
-    let pods: Vec<Value> = pods.iter().map(|pod| entry(pod, settings.mtu)).collect();
-    json!({ "version": 1, "revision": 1, "vips": vips, "pods": pods })
+    let entry_with_list = |pod: &&Pod| {
+        let mut entry = entry(pod, settings.mtu);
+        if let Some((_, list)) = settings.lists.iter().find(|(name, _)| *name == pod.name) {
+            entry["security_groups"] = json!(list);
+        }
+        entry
+    };
+    let pods: Vec<Value> = pods.iter().map(entry_with_list).collect();
+    let mut document = json!({ "version": 1, "revision": 1, "vips": vips, "pods": pods });
+    if let Some(groups) = settings.groups {
+        put_groups(&mut document, groups);
+    }
+    document
+}
+
+/// Puts security groups and address groups into a document of the file source.
+pub fn put_groups(document: &mut Value, groups: &Groups) {
+    let written = json!(groups);
+    for part in ["security_groups", "address_groups"] {
+        document[part] = written[part].clone();
+    }
 }
 
 /// A pod as the file source has it.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use aya::{
-    EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{HashMap, Map, MapData, PerCpuHashMap},
     programs::{
         LinkOrder, SchedClassifier, TcAttachType,
@@ -22,6 +22,7 @@ use fabric_ebpf::{Addr, CountKey, ElbKey, FlowCount, FlowKey, Nic, PinKey, PortV
 use super::{
     capture::Capture,
     error::{Error, Result},
+    groups,
     netns::Netns,
     remains::Places,
     spec::{GATEWAY_MAC, Mac, Protocol, Subnet},
@@ -140,18 +141,23 @@ pub struct Fabric {
 
 impl Fabric {
     /// Connects the ports, loads the program and attaches it. The links and maps are pinned: the fabric outlives
-    /// this process until the lab is removed.
+    /// this process until the lab is removed. With a `gate`, IPv4 packets pass only as long as a
+    /// [`Gate`](groups::Gate) judges them.
     pub(super) fn create(
         places: &Places,
         ports: &[Port],
         mtu: u32,
         log_flows: bool,
         vips: &[Ipv4Addr],
+        gate: bool,
     ) -> Result<Self> {
         let netns = &places.netns("fabric");
         connect(netns, ports, mtu)?;
+        if gate {
+            groups::connect_gate(netns, mtu)?;
+        }
         let names: Vec<&str> = ports.iter().map(|port| port.name.as_str()).collect();
-        netns.run(|| load(places, &names, log_flows))??;
+        netns.run(|| load(places, &names, log_flows, gate))??;
         let fabric = Self::open(places.id())?;
         for vip in vips {
             lock(&fabric.vips).insert(vip.octets(), 1, 0).map_err(|e| Error::bpf("map VIPS", &e))?;
@@ -495,7 +501,7 @@ fn connect(netns: &Netns, ports: &[Port], mtu: u32) -> Result<()> {
 }
 
 /// Runs in the fabric's namespace.
-fn load(places: &Places, ports: &[&str], log_flows: bool) -> Result<()> {
+fn load(places: &Places, ports: &[&str], log_flows: bool, gate: bool) -> Result<()> {
     if OBJECT.is_empty() {
         return Err(Error::Bpf {
             what: "program".into(),
@@ -505,11 +511,17 @@ fn load(places: &Places, ports: &[&str], log_flows: bool) -> Result<()> {
     let network = Subnet::VPC.network.to_bits();
     let mask = Subnet::VPC.mask();
     let log_flows = u8::from(log_flows);
+    let gate_index = if gate {
+        nix::net::if_::if_nametoindex(groups::GATE).map_err(Error::errno(groups::GATE))?
+    } else {
+        0
+    };
     let mut bpf = EbpfLoader::new()
         .override_global("LOG_FLOWS", &log_flows, true)
         .override_global("VPC_NETWORK", &network, true)
         .override_global("VPC_MASK", &mask, true)
         .override_global("GATEWAY_MAC", &GATEWAY_MAC.0, true)
+        .override_global("GATE", &gate_index, true)
         .load(OBJECT)
         .map_err(|e| Error::bpf("object", &e))?;
     let dir = places.pins().join("fabric");
@@ -518,16 +530,24 @@ fn load(places: &Places, ports: &[&str], log_flows: bool) -> Result<()> {
         let map = bpf.map(name).ok_or_else(|| Error::Unknown(format!("map {name}")))?;
         map.pin(dir.join(name)).map_err(|e| Error::bpf(format!("map {name}"), &e))?;
     }
-    let program: &mut SchedClassifier = bpf
-        .program_mut("fabric_port")
-        .ok_or_else(|| Error::Unknown("program fabric_port".into()))?
-        .try_into()
-        .map_err(|e: aya::programs::ProgramError| Error::bpf("program fabric_port", &e))?;
-    program.load().map_err(|e| Error::bpf("program fabric_port", &e))?;
+    let program = program(&mut bpf, "fabric_port")?;
     for port in ports {
         attach(program, port, &dir)?;
     }
+    if gate {
+        attach(self::program(&mut bpf, "fabric_judged")?, groups::GATE, &dir)?;
+    }
     Ok(())
+}
+
+fn program<'a>(bpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+    let program: &mut SchedClassifier = bpf
+        .program_mut(name)
+        .ok_or_else(|| Error::Unknown(format!("program {name}")))?
+        .try_into()
+        .map_err(|e: aya::programs::ProgramError| Error::bpf(format!("program {name}"), &e))?;
+    program.load().map_err(|e| Error::bpf(format!("program {name}"), &e))?;
+    Ok(program)
 }
 
 fn attach(program: &mut SchedClassifier, port: &str, dir: &Path) -> Result<()> {

@@ -29,6 +29,7 @@ pub mod capture;
 pub mod elb;
 pub mod error;
 pub mod fabric;
+pub mod groups;
 pub mod http;
 pub mod ipam;
 pub mod large;

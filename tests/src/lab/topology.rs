@@ -12,11 +12,14 @@ use std::{
     time::Duration,
 };
 
+use eniway_policy::model::{GroupList, Groups, Membership};
+
 use super::{
-    agent::{Agent, READY, Settings},
+    agent::{Agent, READY, Settings, put_groups},
     elb::{Elb, Listener},
     error::{Error, Result},
     fabric::{Fabric, Port},
+    groups::{Gate, Vpc},
     ipam::Ipam,
     large,
     netns::{Netns, NetnsGuard},
@@ -117,6 +120,8 @@ pub struct LabBuilder {
     mtu: u32,
     flow_log: bool,
     host_prefixes: Vec<String>,
+    groups: Option<Groups>,
+    lists: Vec<(String, GroupList)>,
 }
 
 impl LabBuilder {
@@ -193,7 +198,7 @@ impl LabBuilder {
         self
     }
 
-    /// Whether the agents run with `fast_path = "all"` (the default) or `"off"`.
+    /// Whether the agents run with a fast path (the default; `"all"`, or `"security-groups"` in a lab that has them) or `"off"`.
     #[must_use]
     pub fn fast_path(mut self, on: bool) -> Self {
         self.fast_path = on;
@@ -228,6 +233,21 @@ impl LabBuilder {
         self
     }
 
+    /// Has the VPC enforce security groups, in this process: a lab that is [kept](Lab::keep) forwards nothing any more.
+    /// Without this the fabric knows of none, and pays nothing.
+    #[must_use]
+    pub fn security_groups(mut self, groups: Groups) -> Self {
+        self.groups = Some(groups);
+        self
+    }
+
+    /// Gives security groups to a pod. Pods without any are not judged.
+    #[must_use]
+    pub fn groups_of(mut self, pod: &str, list: GroupList) -> Self {
+        self.lists.push((pod.into(), list));
+        self
+    }
+
     /// Makes it all; what an earlier lab of this id has left behind is removed first. On return the fabric forwards,
     /// the ELB checks its backends, and nginx listens in the pods' namespaces, which have no interface yet:
     /// [`Lab::start_agents`] comes next.
@@ -248,9 +268,11 @@ impl LabBuilder {
         let nginx = self.start_nginx(&places, &hosts)?;
         let agents = self.prepare_agents(&places, &hosts, ipam.as_ref())?;
         let listeners = self.vips.iter().map(|vip| self.listener(vip)).collect();
+        let gate = self.start_gate(&fabric, &hosts)?;
         let elb = Elb::start(Arc::clone(&fabric), &hosts.elb.netns, listeners)?;
         Ok(Lab {
             elb,
+            gate,
             agents,
             nginx,
             ipam,
@@ -375,7 +397,7 @@ impl LabBuilder {
             ports.push(port(&node.parent_port, "eth1", &node.netns, node.parent_mac));
         }
         let vips: Vec<Ipv4Addr> = self.vips.iter().map(|vip| vip.ip).collect();
-        let fabric = Fabric::create(places, &ports, self.mtu, self.flow_log, &vips)?;
+        let fabric = Fabric::create(places, &ports, self.mtu, self.flow_log, &vips, self.groups.is_some())?;
         for client in hosts.clients() {
             let flags = if client.ip == OUTSIDE_IP { fabric_ebpf::nic::OUTSIDE } else { 0 };
             fabric.add_nic(&client.name, 0, client.ip, client.mac, None, flags)?;
@@ -448,12 +470,26 @@ impl LabBuilder {
             host_prefixes: &self.host_prefixes,
             mtu: self.mtu,
             vips: &self.vips,
+            groups: self.groups.as_ref(),
+            lists: &self.lists,
         };
         let prepare = |node: &Node| {
             let pods: Vec<&Pod> = hosts.pods.iter().filter(|pod| pod.node == node.name).collect();
             Agent::prepare(places, &node.name, &node.netns, &pods, &settings)
         };
         hosts.nodes.iter().map(prepare).collect()
+    }
+
+    fn start_gate(&self, fabric: &Fabric, hosts: &Hosts) -> Result<Option<Gate>> {
+        let Some(groups) = &self.groups else { return Ok(None) };
+        let mut vpc = Vpc::default();
+        vpc.set_groups(groups.clone());
+        for (name, list) in &self.lists {
+            let pod = hosts.pods.iter().find(|pod| pod.name == *name);
+            let pod = pod.ok_or_else(|| Error::Unknown(format!("pod {name}, which is to have groups")))?;
+            vpc.set_member(pod.ip, Membership { groups: list.clone(), revision: 0 });
+        }
+        Gate::open(fabric.netns(), vpc).map(Some)
     }
 
     fn listener(&self, vip: &VipSpec) -> Listener {
@@ -491,6 +527,7 @@ pub struct Lab {
     agents: Vec<Agent>,
     nginx: Vec<Nginx>,
     ipam: Option<Ipam>,
+    gate: Option<Gate>,
     fabric: Arc<Fabric>,
     hosts: Hosts,
     vips: Vec<SocketAddrV4>,
@@ -514,6 +551,8 @@ impl Lab {
             mtu: 1500,
             flow_log: true,
             host_prefixes: vec!["10.247.0.0/16".into()],
+            groups: None,
+            lists: Vec::new(),
         }
     }
 
@@ -566,6 +605,50 @@ impl Lab {
     /// The load balancer.
     pub fn elb(&self) -> &Elb {
         &self.elb
+    }
+
+    /// Changes security groups: in the VPC first, then in the documents of the agents that run, which have put them in force on
+    /// return.
+    ///
+    /// # Errors
+    ///
+    /// When the lab was built without any, or an agent does not take them.
+    pub fn set_groups(&self, groups: &Groups) -> Result<()> {
+        self.security_groups()?.set_groups(groups.clone());
+        self.change_agents(|document| put_groups(document, groups))
+    }
+
+    /// Changes the security groups of a pod, as [`set_groups`](Self::set_groups) does those of all.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn set_list(&self, pod: &Pod, list: &GroupList) -> Result<()> {
+        self.security_groups()?.set_member(pod.ip, list.clone());
+        let uid = format!("uid-{}", pod.name);
+        self.change_agents(|document| {
+            let entries = document["pods"].as_array_mut().into_iter().flatten();
+            for entry in entries.filter(|entry| entry["uid"] == uid) {
+                entry["security_groups"] = serde_json::json!(list);
+            }
+        })
+    }
+
+    fn change_agents(&self, edit: impl Fn(&mut serde_json::Value)) -> Result<()> {
+        let running = || self.agents.iter().filter(|agent| agent.pid().is_some());
+        self.agents.iter().try_for_each(|agent| agent.change(&edit))?;
+        running().try_for_each(|agent| agent.wait_ready(READY))
+    }
+
+    /// The security groups of the VPC.
+    ///
+    /// # Errors
+    ///
+    /// When it was built without any.
+    pub fn security_groups(&self) -> Result<&Gate> {
+        self.gate
+            .as_ref()
+            .ok_or_else(|| Error::Unknown("security groups (`LabBuilder::security_groups`)".into()))
     }
 
     /// All nodes.
@@ -724,8 +807,8 @@ impl Lab {
     ///
     /// When something resists.
     pub fn shutdown(self) -> Result<()> {
-        let Self { elb, agents, nginx, ipam, fabric, hosts, remains, .. } = self;
-        drop((elb, agents, nginx, ipam, fabric, hosts));
+        let Self { elb, agents, nginx, ipam, gate, fabric, hosts, remains, .. } = self;
+        drop((elb, agents, nginx, ipam, gate, fabric, hosts));
         remains.finish()
     }
 }
