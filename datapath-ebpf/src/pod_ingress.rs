@@ -26,7 +26,6 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-#[expect(clippy::needless_pass_by_value, reason = "inlined")]
 fn finish(skb: &Skb, decision: Decision<'_>) -> i32 {
     count_decision(&decision, Direction::Ingress, skb.load_of());
     match decision.outcome {
