@@ -12,6 +12,7 @@ pub mod detach;
 mod error;
 pub mod ethtool;
 pub mod feature;
+pub mod grace;
 pub mod ipam;
 pub mod live;
 pub mod lock;

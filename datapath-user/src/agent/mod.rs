@@ -36,6 +36,7 @@ use crate::{
     config::{self, Config, Metadata, Source, Xdp},
     detach,
     feature::{self, FeatureError, TcKind},
+    grace::Grace,
     ipam::{IpamError, TlsFiles},
     lock::{self, Lock, LockError},
     net,
@@ -270,6 +271,8 @@ struct Agent {
     config: Config,
     pins: Pins,
     kind: TcKind,
+    /// Shared, so that what holds it short leaves the agent free to work.
+    grace: Rc<Grace>,
     tables: Tables,
     /// The object whose pod programs are attached.
     pods: Ebpf,
@@ -318,7 +321,9 @@ impl Agent {
         pins.check_layouts(&config.limits)?;
         let locks = [run_lock, pin_lock];
 
-        let started = Self::attach(config, kind, pins.clone(), addresses, source, locks);
+        let grace = Rc::new(Grace::new(&config.run_dir));
+        let _short = grace.expedite();
+        let started = Self::attach(config, kind, Rc::clone(&grace), pins.clone(), addresses, source, locks);
         let mut agent = started.inspect_err(|_| {
             // Where nothing was, nothing is left.
             if fresh && let Err(error) = pins.remove_all() {
@@ -350,6 +355,7 @@ impl Agent {
     fn attach(
         config: Config,
         kind: TcKind,
+        grace: Rc<Grace>,
         pins: Pins,
         addresses: Vec<IpAddr>,
         source: Feed,
@@ -388,6 +394,7 @@ impl Agent {
             config,
             pins,
             kind,
+            grace,
             tables,
             pods,
             parents,
@@ -741,6 +748,9 @@ impl Agent {
         };
         let mut operations = 0;
         let plan = self.plan(&desired, scope, &BTreeSet::new());
+        let grace = Rc::clone(&self.grace);
+        let changes = !plan.release.is_empty() || !plan.put.is_empty() || !self.status.ready;
+        let _short = changes.then(|| grace.expedite());
 
         let mut released = 0;
         for owner in &plan.release {
