@@ -5,7 +5,9 @@
 //! [`detach`] takes everything down again. [`cli`] shows what runs.
 
 pub mod agent;
+mod api;
 pub mod attach;
+pub mod attachment;
 pub mod cli;
 pub mod config;
 pub mod detach;

@@ -426,6 +426,25 @@ impl Netlink {
         self.add_route(route, existing, what).await
     }
 
+    /// Adds a route by a gateway that need not be in any subnet of the link.
+    pub async fn add_gateway_route(
+        &self,
+        destination: Ipv4Net,
+        gateway: Ipv4Addr,
+        link: &Link,
+        existing: Existing,
+    ) -> Result<(), NetlinkError> {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(destination.network(), destination.prefix_len())
+            .gateway(gateway)
+            .output_interface(link.index)
+            .onlink()
+            .protocol(PROTOCOL)
+            .build();
+        let what = format!("add the route to {destination} by {gateway} and {}", link.name);
+        self.add_route(route, existing, what).await
+    }
+
     async fn add_route(
         &self,
         route: RouteMessage,

@@ -33,6 +33,7 @@ use datapath_common::abi::maps::SERVICE_MARK;
 use ipnet::Ipv4Net;
 
 use crate::{
+    attachment::{Extras, Route},
     ethtool::{self, EthtoolError, Offload},
     net::{InterfaceName, Mac},
     netlink::{
@@ -168,6 +169,8 @@ pub struct PodSpec {
     pub mtu: u16,
     /// Name of the parent ENI.
     pub parent: String,
+    /// What else is set up in the pod.
+    pub extras: Extras,
 }
 
 /// A wired pod.
@@ -385,15 +388,34 @@ async fn wire_pod_side(spec: &PodSpec, namespace: &Namespace, existing: Existing
         let lo = netlink.link("lo").await?;
         netlink.change_link(&lo, LinkChange { up: true, ..LinkChange::default() }).await?;
         ethtool::set(&spec.interface, Offload::Gro, true)?;
+        // Its addresses and routes are given; whoever sends router advertisements is not to add others.
+        sysctl::set(&["ipv6", "conf", &spec.interface, "accept_ra"], "0")?;
         let link = netlink.link(&spec.interface).await?;
         netlink.add_address(&link, spec.ipv4.into()).await?;
         let change = LinkChange { mtu: Some(u32::from(spec.mtu)), up: true, ..LinkChange::default() };
         netlink.change_link(&link, change).await?;
         netlink.set_neighbour(&link, spec.gateway, spec.gateway_mac).await?;
         netlink.add_link_route(spec.gateway.into(), &link, existing).await?;
-        Ok(netlink.add_default_route(spec.gateway, &link, MAIN, existing).await?)
+        netlink.add_default_route(spec.gateway, &link, MAIN, existing).await?;
+        set_up_extras(&netlink, &spec, &link, existing).await
     })
     .await
+}
+
+async fn set_up_extras(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    link: &Link,
+    existing: Existing,
+) -> Result<(), WiringError> {
+    for Route { destination, gateway } in &spec.extras.routes {
+        netlink.add_gateway_route(*destination, gateway.unwrap_or(spec.gateway), link, existing).await?;
+    }
+    for (key, value) in &spec.extras.sysctls {
+        let parts: Vec<&str> = key.iter().map(String::as_str).collect();
+        sysctl::set(&parts, value)?;
+    }
+    Ok(())
 }
 
 async fn wire_host_side(netlink: &Netlink, spec: &PodSpec, host: &Link) -> Result<(), WiringError> {
@@ -426,6 +448,64 @@ pub async fn open(spec: &PodSpec, host_interface: &str) -> Result<(), WiringErro
     netlink.change_link(&host, LinkChange { up: true, ..LinkChange::default() }).await?;
     netlink.set_neighbour(&host, spec.ipv4, spec.mac).await?;
     Ok(netlink.add_link_route(spec.ipv4.into(), &host, Existing::Replace).await?)
+}
+
+/// Why a pod's interface is not as it was set up.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// It cannot be looked at.
+    #[error(transparent)]
+    Wiring(#[from] WiringError),
+    /// It is another than it should be.
+    #[error("interface {interface} in {} {what}", netns.display())]
+    Differs {
+        /// The interface.
+        interface: String,
+        /// The pod's namespace.
+        netns: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+}
+
+/// Looks whether a pod's side is as [`wire`] left it; changes nothing.
+pub async fn verify(spec: &PodSpec) -> Result<(), VerifyError> {
+    let Some(path) = &spec.netns else { return Ok(()) };
+    let namespace = Namespace::open(path).map_err(WiringError::from)?;
+    let wanted = spec.clone();
+    let what = in_pod(&namespace, async move || differences(&wanted).await).await?;
+    match what {
+        None => Ok(()),
+        Some(what) => {
+            Err(VerifyError::Differs { interface: spec.interface.clone(), netns: path.clone(), what })
+        }
+    }
+}
+
+async fn differences(spec: &PodSpec) -> Result<Option<String>, WiringError> {
+    let netlink = Netlink::open()?;
+    let Some(link) = netlink.find_link(&spec.interface).await? else {
+        return Ok(Some("does not exist".to_owned()));
+    };
+    if link.mac != Some(spec.mac) {
+        return Ok(Some(format!("has MAC {}, not {}", mac(&link.mac), Mac(spec.mac))));
+    }
+    if !link.up {
+        return Ok(Some("is down".to_owned()));
+    }
+    if link.mtu != u32::from(spec.mtu) {
+        return Ok(Some(format!("has MTU {}, not {}", link.mtu, spec.mtu)));
+    }
+    if !netlink.addresses().await?.contains(&spec.ipv4.into()) {
+        return Ok(Some(format!("lacks the address {}", spec.ipv4)));
+    }
+    let default = |route: &DefaultRoute| {
+        route.table == MAIN && route.output == link.index && route.gateway == Some(spec.gateway)
+    };
+    if !netlink.own_default_routes().await?.iter().any(default) {
+        return Ok(Some(format!("lacks the default route by {}", spec.gateway)));
+    }
+    Ok(None)
 }
 
 fn set_all(settings: &[(sysctl::Key<'_>, &str)]) -> Result<(), SysctlError> {
@@ -649,6 +729,7 @@ mod tests {
             gateway_mac: MAC_OF_GATEWAY,
             mtu: 1450,
             parent: "eth1".to_owned(),
+            extras: Extras::default(),
         }
     }
 

@@ -3,6 +3,7 @@
 //! It starts by finding out whether it can run at all, and changes nothing until it knows. It finds its state in the
 //! kernel and applies differences. It ends without undoing anything.
 
+pub(crate) mod asks;
 mod parent;
 
 use std::{
@@ -22,7 +23,7 @@ use datapath_common::abi::{
 use eniway_ipam::{
     PodKey,
     api::RefusedByAgent,
-    rpc::{ClientError, Tls},
+    rpc::{ClientError, LocalSocket, ServeError, Tls},
 };
 use ipnet::Ipv4Net;
 use tokio::{
@@ -30,9 +31,11 @@ use tokio::{
     time::{self, MissedTickBehavior},
 };
 
-use self::parent::Parent;
+use self::{asks::Waiter, parent::Parent};
 use crate::{
+    api::{self, Backing},
     attach::{self, AttachError, Target},
+    attachment::{AttachmentError, Attachments},
     config::{self, Config, Metadata, Source, Xdp},
     detach,
     feature::{self, FeatureError, TcKind},
@@ -118,6 +121,12 @@ pub enum AgentError {
     /// The status file.
     #[error(transparent)]
     Status(#[from] StatusError),
+    /// What runtimes asked for.
+    #[error(transparent)]
+    Attachment(#[from] AttachmentError),
+    /// The socket for the CNI plugin.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// Signals.
     #[error("cannot wait for signals: {0}")]
     Signal(io::Error),
@@ -162,6 +171,8 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
     if until == Until::Applied {
         return agent.completeness();
     }
+    let socket = LocalSocket::bind(&agent.config.run_dir.join(eniway_agent_api::SOCKET))?;
+    let (server, mut asks) = api::serve(socket, agent.source.backing(), &agent.config.node);
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // What is new goes to the status file once that is due, after everybody who waits for an answer has it.
@@ -178,14 +189,19 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
                 }
             },
             _ = ticks.tick() => agent.tick().await,
+            Some(ask) = asks.recv() => agent.ask(ask).await,
             () = sleep_until(report_due) => {
                 agent.report();
                 report_due = None;
                 continue;
             }
         }
+        agent.answer_waiters();
         report_due.get_or_insert(agent.next_report);
     }
+    // With the socket's file gone, the plugin says at once that the agent is away.
+    server.abort();
+    let _ = server.await;
     agent.report();
     log::info!("stopped; {} pods keep their network", agent.tables.pods().count());
     Ok(())
@@ -221,6 +237,8 @@ async fn sleep_until(time: Option<Instant>) {
 struct Held {
     id: String,
     desired: Rc<Desired>,
+    /// What the file said, if it is of one.
+    document: Option<Snapshot>,
     /// The revision at which it came to say what it says.
     told: u64,
 }
@@ -244,6 +262,14 @@ impl Feed {
                 Self::Allocator(AllocatorSource::embed(path, &config.node, parents()).await?)
             }
         })
+    }
+
+    /// Where interfaces for new pods come from.
+    fn backing(&self) -> Backing {
+        match self {
+            Self::File(_) => Backing::File,
+            Self::Allocator(allocator) => Backing::Allocator(allocator.allocator()),
+        }
     }
 
     /// What the allocator tells, or none as a hint that the file may be another one.
@@ -278,6 +304,11 @@ struct Agent {
     pods: Ebpf,
     parents: Vec<Parent>,
     source: Feed,
+    /// The file's document in force.
+    document: Option<Snapshot>,
+    /// What runtimes asked for.
+    attachments: Attachments,
+    waiters: Vec<Waiter>,
     /// What shall be: the snapshot in force, with the changes since.
     desired: Option<Rc<Desired>>,
     held: Option<Held>,
@@ -390,6 +421,7 @@ impl Agent {
             pods: Status::read(&config.run_dir).map(|status| status.pods).unwrap_or_default(),
             ..Status::default()
         };
+        let attachments = Attachments::load(&config.run_dir)?;
         let mut agent = Self {
             config,
             pins,
@@ -399,6 +431,9 @@ impl Agent {
             pods,
             parents,
             source,
+            document: None,
+            attachments,
+            waiters: Vec::new(),
             desired: None,
             held: None,
             unreadable: false,
@@ -501,8 +536,9 @@ impl Agent {
     async fn hear(&mut self, told: Told) {
         let confirmed = match told {
             Told::Away(error) => return self.source_is_away(error),
-            Told::Snapshot { desired, confirmed } => {
+            Told::Snapshot { mut desired, confirmed } => {
                 self.source_is_well();
+                desired.adjust(|pod| self.adjust(pod));
                 self.offer(Rc::new(desired)).await;
                 confirmed
             }
@@ -560,7 +596,8 @@ impl Agent {
             desired.revision = revision;
             for change in changes {
                 match change {
-                    Change::Put(pod) => {
+                    Change::Put(mut pod) => {
+                        self.adjust(&mut pod);
                         touched.insert(pod.owner());
                         freed |= !pod.is_wanted();
                         desired.put(*pod);
@@ -627,7 +664,12 @@ impl Agent {
             }
             Ok(Some(snapshot)) => {
                 self.source_is_well();
-                self.offer(Rc::new(snapshot.into())).await;
+                let desired = self.with_attachments(snapshot.clone());
+                let before = self.document.replace(snapshot);
+                self.offer(Rc::new(desired)).await;
+                if let Some(held) = &mut self.held {
+                    held.document = std::mem::replace(&mut self.document, before);
+                }
             }
             Err(error) => {
                 self.unreadable = matches!(error, SourceError::Read { .. });
@@ -681,7 +723,7 @@ impl Agent {
             self.status.held_back = Some(why);
             self.status.held_back_id = Some(id.clone());
             let told = desired.revision;
-            self.held = Some(Held { id, desired, told });
+            self.held = Some(Held { id, desired, document: None, told });
             return;
         }
         self.apply(desired).await;
@@ -706,7 +748,14 @@ impl Agent {
         match self.held.take_if(|held| held.id == id.trim()) {
             Some(held) => {
                 log::info!("confirmed by the operator");
-                self.apply(held.desired).await;
+                let desired = match held.document {
+                    Some(document) => {
+                        self.document = Some(document.clone());
+                        Rc::new(self.with_attachments(document))
+                    }
+                    None => held.desired,
+                };
+                self.apply(desired).await;
                 self.acknowledge();
             }
             None => log::warn!("a confirmation came for a snapshot that is not held back any more"),
@@ -757,6 +806,14 @@ impl Agent {
             match self.release(*owner).await {
                 Ok(()) => released += 1,
                 Err(error) => log::error!("cannot remove pod {owner:016x}: {error}"),
+            }
+        }
+        for owner in self.wired_for_nothing(&desired, scope) {
+            let ifindex = self.wired.remove(&owner).and_then(|interface| net::ifindex(&interface));
+            if let Some(ifindex) = ifindex
+                && let Err(error) = self.take_down(ifindex).await
+            {
+                log::error!("cannot remove what was wired for pod {owner:016x}: {error}");
             }
         }
         if scope.is_none() {
@@ -824,6 +881,7 @@ impl Agent {
     async fn release(&mut self, owner: u64) -> Result<(), AgentError> {
         let Some(live) = self.tables.release(owner)? else { return Ok(()) };
         self.wired.remove(&owner);
+        self.closed.remove(&owner);
         self.take_down(live.record.ifindex).await
     }
 
@@ -1000,7 +1058,8 @@ impl Agent {
             .cloned()
             .or_else(|| live.and_then(|live| net::ifname(live.record.ifindex)))
             .or_else(|| pod.host_interface.as_ref().map(ToString::to_string));
-        let unattached = pod.vlan.is_none().then(|| "the source gives no VLAN id yet".to_owned());
+        let waiting = pod.is_waiting().then(|| "waits for the runtime to bring its sandbox".to_owned());
+        let unattached = pod.vlan.is_none().then(|| "the source gives no VLAN id yet".to_owned()).or(waiting);
         PodStatus {
             uid: pod.uid.clone(),
             namespace: pod.namespace.clone(),
@@ -1081,7 +1140,8 @@ fn host_dsts(host: &config::Host, addresses: &[IpAddr]) -> BTreeMap<Ipv4Net, u32
     all
 }
 
-fn pod_spec(pod: &Pod) -> PodSpec {
+/// How a pod is wired.
+pub(crate) fn pod_spec(pod: &Pod) -> PodSpec {
     PodSpec {
         owner_key: pod.container_id.clone(),
         netns: pod.netns.clone(),
@@ -1094,6 +1154,7 @@ fn pod_spec(pod: &Pod) -> PodSpec {
         gateway_mac: pod.gateway_mac.0,
         mtu: pod.mtu,
         parent: pod.parent.to_string(),
+        extras: pod.extras.clone(),
     }
 }
 

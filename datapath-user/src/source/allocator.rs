@@ -6,15 +6,19 @@
 use std::{path::Path, sync::Arc, thread, time::Duration};
 
 use eniway_ipam::{
-    Acknowledgement, AllocationChange, Notice, PodKey,
+    Acknowledgement, AllocationChange, Allocator, Notice, PodKey,
     api::{Allocation, RefusedByAgent},
     rpc::{Address, Client, ClientError, Event, Tls},
     vpc::Kind,
 };
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot, watch},
+};
 
 use super::{Desired, Pod, Refused, State, owner_of, vlan_id};
 use crate::{
+    attachment::Extras,
     ipam::{self, IpamError},
     net::{InterfaceName, Mac},
     wiring,
@@ -62,8 +66,18 @@ pub enum Change {
     },
 }
 
+/// Where to ask an allocator for interfaces.
+#[derive(Clone)]
+pub(crate) enum Allocators {
+    /// Elsewhere.
+    Remote(Client),
+    /// In this process, on a runtime of its own.
+    Embedded(Allocator, Handle),
+}
+
 /// The allocator, seen from the agent.
 pub struct AllocatorSource {
+    allocator: Allocators,
     told: mpsc::Receiver<Result<Notice, String>>,
     acknowledged: watch::Sender<Option<Acknowledgement>>,
     parents: Arc<[String]>,
@@ -82,6 +96,7 @@ impl AllocatorSource {
         parents: Vec<String>,
     ) -> Result<Self, ClientError> {
         let client = Client::new(address.clone(), tls)?;
+        let allocator = Allocators::Remote(client.clone());
         let mut follower = client.follow(node);
         let (tell, told) = mpsc::channel(WAITING);
         tokio::spawn(async move {
@@ -106,7 +121,7 @@ impl AllocatorSource {
                 }
             }
         });
-        Ok(Self { told, acknowledged, parents: parents.into() })
+        Ok(Self { allocator, told, acknowledged, parents: parents.into() })
     }
 
     /// Runs an allocator on a thread of its own, which ends with this value, and follows it.
@@ -128,8 +143,13 @@ impl AllocatorSource {
             runtime.block_on(embedded(config, node, started, tell, newest));
         };
         thread::Builder::new().name("ipam".to_owned()).spawn(run).map_err(IpamError::Runtime)?;
-        start.await.map_err(|_| IpamError::Died)??;
-        Ok(Self { told, acknowledged, parents: parents.into() })
+        let allocator = start.await.map_err(|_| IpamError::Died)??;
+        Ok(Self { allocator, told, acknowledged, parents: parents.into() })
+    }
+
+    /// Where to ask for interfaces.
+    pub(crate) fn allocator(&self) -> Allocators {
+        self.allocator.clone()
     }
 
     /// The next thing that the allocator says. May be dropped and called again without losing anything.
@@ -200,7 +220,7 @@ impl AllocatorSource {
 async fn embedded(
     config: ipam::Config,
     node: String,
-    started: oneshot::Sender<Result<(), IpamError>>,
+    started: oneshot::Sender<Result<Allocators, IpamError>>,
     tell: mpsc::Sender<Result<Notice, String>>,
     mut newest: watch::Receiver<Option<Acknowledgement>>,
 ) {
@@ -225,7 +245,7 @@ async fn embedded(
             }
         }
     };
-    let _ = started.send(Ok(()));
+    let _ = started.send(Ok(Allocators::Embedded(allocator.clone(), Handle::current())));
     let ended = async {
         tokio::select! {
             ((), ()) = async { tokio::join!(follow, acknowledge) } => {}
@@ -293,6 +313,7 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         gateway_ipv6: allocation.gateway_ipv6,
         mtu: allocation.mtu,
         policy: 0,
+        extras: Extras::default(),
     };
     pod.check(parents).map_err(|(field, what)| format!("{field}: {what}"))?;
     Ok(pod)

@@ -17,7 +17,10 @@ use serde::{Deserialize, Deserializer, de};
 use tokio::sync::mpsc;
 
 use super::{Pod, Snapshot, State, Vip, vlan_id};
-use crate::net::{InterfaceName, Mac, VlanId};
+use crate::{
+    attachment::Extras,
+    net::{InterfaceName, Mac, VlanId},
+};
 
 /// The only version of the document so far.
 const VERSION: u64 = 1;
@@ -92,7 +95,8 @@ struct PodEntry {
     uid: String,
     namespace: String,
     name: String,
-    container_id: String,
+    #[serde(default)]
+    container_id: Option<String>,
     #[serde(default)]
     netns: Option<PathBuf>,
     #[serde(default)]
@@ -184,11 +188,18 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         StateEntry::Active => State::Active,
         StateEntry::Releasing => State::Releasing,
     };
+    if entry.container_id.is_none() && (entry.netns.is_some() || entry.host_interface.is_some()) {
+        return Err(Problem::new(
+            format!("{at}.container_id"),
+            "is missing; only a pod whose sandbox the runtime will bring has none, and then no `netns` and no \
+             `host_interface` either",
+        ));
+    }
     let pod = Pod {
         uid: entry.uid,
         namespace: entry.namespace,
         name: entry.name,
-        container_id: entry.container_id,
+        container_id: entry.container_id.unwrap_or_default(),
         netns: entry.netns,
         interface: entry
             .interface
@@ -209,6 +220,7 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         gateway_ipv6: entry.gateway_ipv6,
         mtu: entry.mtu,
         policy: entry.policy,
+        extras: Extras::default(),
     };
     pod.check(parents).map_err(|(field, what)| Problem::new(format!("{at}.{field}"), what))?;
     Ok(pod)
@@ -433,6 +445,8 @@ mod tests {
             ("netns", json!("x"), "pods[1].netns", "absolute"),
             ("interface", json!("a/b"), "pods[1].interface", "a/b"),
             ("uid", json!(""), "pods[1].uid", "empty"),
+            ("container_id", json!(""), "pods[1].container_id", "empty"),
+            ("container_id", json!(null), "pods[1].container_id", "missing"),
             ("mtu", json!(100), "pods[1].mtu", "576"),
             ("vlna", json!(1), "pods[1]", "vlna"),
         ] {
@@ -493,6 +507,16 @@ mod tests {
             let snapshot = read(&document(&[entry])).unwrap();
             assert!(!snapshot.pods[0].is_wanted());
         }
+    }
+
+    #[test]
+    fn a_pod_whose_sandbox_the_runtime_brings_waits() {
+        let mut entry = pod(2);
+        for field in ["container_id", "netns", "host_interface"] {
+            entry.as_object_mut().unwrap().remove(field);
+        }
+        let snapshot = read(&document(&[entry])).unwrap();
+        assert!(snapshot.pods[0].is_waiting() && !snapshot.pods[0].is_wanted());
     }
 
     #[test]

@@ -13,7 +13,10 @@ use std::{
 use datapath_common::abi::Endpoint;
 use ipnet::Ipv4Net;
 
-use crate::net::{InterfaceName, Mac, VlanId};
+use crate::{
+    attachment::{Attachment, Extras},
+    net::{InterfaceName, Mac, VlanId},
+};
 
 /// All pods of the node at one time.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,7 +58,7 @@ pub struct Pod {
     pub namespace: String,
     /// Kubernetes' name.
     pub name: String,
-    /// The runtime's id of the sandbox.
+    /// The runtime's id of the sandbox; empty while the pod waits for the runtime to bring one.
     pub container_id: String,
     /// The pod's network namespace, if the agent shall wire the pod.
     pub netns: Option<PathBuf>,
@@ -91,6 +94,8 @@ pub struct Pod {
     pub mtu: u16,
     /// Set of security groups.
     pub policy: u32,
+    /// What the runtime wants besides.
+    pub extras: Extras,
 }
 
 impl Pod {
@@ -108,7 +113,8 @@ impl Pod {
             ("name", &self.name),
             ("container_id", &self.container_id),
         ] {
-            if value.is_empty() || value.contains('\0') {
+            let may_be_empty = field == "container_id" && self.is_waiting();
+            if value.is_empty() && !may_be_empty || value.contains('\0') {
                 return problem(field, "must not be empty, nor hold a zero byte".to_owned());
             }
         }
@@ -163,7 +169,18 @@ impl Pod {
 
     /// Whether it shall be in the tables.
     pub fn is_wanted(&self) -> bool {
-        self.state == State::Active && self.vlan.is_some()
+        self.state == State::Active && self.vlan.is_some() && !self.is_waiting()
+    }
+
+    /// Whether the runtime has yet to bring its sandbox.
+    pub fn is_waiting(&self) -> bool {
+        self.container_id.is_empty() && self.netns.is_none() && self.host_interface.is_none()
+    }
+
+    /// Takes in what the runtime asked for. It can lower the MTU, not raise it: the subnet's is the most that works.
+    pub fn attach(&mut self, attachment: &Attachment) {
+        self.extras = attachment.extras.clone();
+        self.mtu = attachment.mtu.map_or(self.mtu, |mtu| mtu.min(self.mtu));
     }
 
     /// As users call it.
@@ -278,6 +295,11 @@ impl Desired {
         let place = self.pods.get(&owner).map_or(self.next, |(place, _)| *place);
         self.next += 1;
         self.pods.insert(owner, (place, pod));
+    }
+
+    /// Changes pods, but for what makes their owners.
+    pub fn adjust(&mut self, mut change: impl FnMut(&mut Pod)) {
+        self.pods.values_mut().for_each(|(_, pod)| change(pod));
     }
 
     /// Says of a pod that it cannot be as the source wants it.
