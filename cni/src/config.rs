@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, env};
 
 use eniway_agent_api::{self as api, DEFAULT_SOCKET, Mode};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::{
     error::{Code, Error},
@@ -168,16 +168,23 @@ pub(crate) struct NetConf {
     mode: Option<String>,
     #[serde(default)]
     pub(crate) mtu: u32,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     routes: Vec<Route>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     sysctls: BTreeMap<String, String>,
-    #[serde(default, rename = "runtimeConfig")]
+    #[serde(default, rename = "runtimeConfig", deserialize_with = "or_null")]
     runtime: RuntimeConfig,
     #[serde(default, rename = "prevResult")]
     previous: Option<serde_json::Value>,
     #[serde(default, rename = "cni.dev/valid-attachments")]
     valid: Option<Vec<Valid>>,
+}
+
+/// What is not there is null at times: containerd writes so of a pod without annotations.
+pub(crate) fn or_null<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 fn newest() -> Version {
@@ -194,7 +201,7 @@ struct Route {
 /// What the runtime hands over for capabilities that the configuration claims.
 #[derive(Debug, Default, Deserialize)]
 struct RuntimeConfig {
-    #[serde(default, rename = "io.kubernetes.cri.pod-annotations")]
+    #[serde(default, rename = "io.kubernetes.cri.pod-annotations", deserialize_with = "or_null")]
     annotations: BTreeMap<String, String>,
 }
 
@@ -322,6 +329,13 @@ mod tests {
         assert_eq!(conf("sub-eni", "exclusive-eni").unwrap(), Mode::ExclusiveEni);
         assert_eq!(conf("sub-eni", "").unwrap(), Mode::Unspecified);
         assert_eq!(conf("", "eni").unwrap_err().code, Code::Config);
+    }
+
+    #[test]
+    fn null_is_nothing() {
+        let text = r#"{"cniVersion": "1.0.0", "name": "n", "routes": null, "prevResult": null,
+            "runtimeConfig": {"io.kubernetes.cri.pod-annotations": null}}"#;
+        assert_eq!(parse(text, Command::Add).unwrap().mode().unwrap(), Mode::Unspecified);
     }
 
     #[test]

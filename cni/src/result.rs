@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::{
-    config::Version,
+    config::{Version, or_null},
     error::{Code, Error},
 };
 
@@ -16,11 +16,11 @@ use crate::{
 pub(crate) struct NetResult {
     #[serde(default, rename = "cniVersion")]
     version: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     interfaces: Vec<Interface>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     ips: Vec<Address>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     routes: Vec<Route>,
     #[serde(default)]
     dns: Value,
