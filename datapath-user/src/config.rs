@@ -69,8 +69,8 @@ pub struct Config {
     pub log: String,
     /// Where the pods are read from.
     pub source: Source,
-    /// The parent ENIs.
-    #[serde(rename = "parent")]
+    /// The parent ENIs; none on a node whose pods have ENIs of their own.
+    #[serde(default, rename = "parent")]
     pub parents: Vec<Parent>,
     /// What the node's own stack serves.
     #[serde(default)]
@@ -280,9 +280,6 @@ impl Config {
             && [ca, cert, key].into_iter().any(Option::is_none)
         {
             return says("source.address", format!("`{url}` needs `ca`, `cert` and `key` beside it"));
-        }
-        if self.parents.is_empty() {
-            return says("parent", "at least one [[parent]] is needed".to_owned());
         }
         if self.parents.len() > MAX_PARENTS as usize {
             return says("parent", format!("{} given, at most {MAX_PARENTS} work", self.parents.len()));

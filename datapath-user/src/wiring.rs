@@ -381,7 +381,11 @@ async fn in_pod<T: Send + 'static>(
         .map_err(|source| WiringError::InPod { netns: namespace.path().to_path_buf(), source: source.into() })
 }
 
-async fn wire_pod_side(spec: &PodSpec, namespace: &Namespace, existing: Existing) -> Result<(), WiringError> {
+pub(crate) async fn wire_pod_side(
+    spec: &PodSpec,
+    namespace: &Namespace,
+    existing: Existing,
+) -> Result<(), WiringError> {
     let spec = spec.clone();
     in_pod(namespace, async move || {
         let netlink = Netlink::open()?;

@@ -9,6 +9,7 @@
 
 use std::{fs, net::SocketAddrV4, thread, time::Duration};
 
+use datapath_common::abi::{Direction, Outcome};
 use eniway_tests::{
     lab::{
         NetnsGuard,
@@ -184,6 +185,101 @@ fn gc_takes_what_no_runtime_knows() -> Result {
     node.reboot()?;
     node.start_agent()?;
     assert!(node.plugin("GC", None, json!({ "cni.dev/valid-attachments": [] }))?.ok);
+    assert_eq!(node.traces()?, [""; 0]);
+    Ok(())
+}
+
+/// ```text
+///   gateway's namespace: br0, 10.1.16.1 ── n1 ... n8 (MACs as the VPC gives them) ── node, then pods
+/// ```
+///
+/// A whole NIC goes into a pod, works there, is counted there, and comes back as it was.
+#[test]
+fn an_exclusive_eni_goes_into_its_pod_and_comes_back() -> Result {
+    const NICS: u8 = 8;
+    let mut node = Node::new("cni-eni", 2)?;
+    node.use_exclusive(u32::from(NICS))?;
+    let stands = sandboxes("cnieni", 3)?;
+    let gateway = stands[2].0.netns();
+    for words in [
+        "ip link add br0 address fa:ff:ff:00:00:01 type bridge",
+        "ip link set br0 up",
+        "ip addr add 10.1.16.1/20 dev br0",
+    ] {
+        gateway.exec(&words.split(' ').collect::<Vec<_>>())?;
+    }
+    for number in 1..=NICS {
+        let (nic, far) = (format!("ens{number}"), format!("n{number}"));
+        let mac = format!("fa:16:3e:00:00:{number:02x}");
+        let words =
+            ["ip", "link", "add", &nic, "mtu", "1600", "address", &mac, "type", "veth", "peer", "name", &far];
+        node.netns().exec(&words)?;
+        node.netns().exec(&["ip", "link", "set", &far, "netns", gateway.name()])?;
+        gateway.exec(&["ip", "link", "set", &far, "up", "mtu", "1600", "master", "br0"])?;
+    }
+    node.start_agent()?;
+    let before = node.netns().exec(&["ip", "-br", "link"])?;
+    let _echo = UdpEcho::start(gateway, SocketAddrV4::new([10, 1, 16, 1].into(), 7000))?;
+    let (stand, sandbox) = &stands[0];
+    let mode = json!({ "mode": "exclusive-eni" });
+    let added = node.plugin("ADD", Some(sandbox), mode.clone())?;
+    assert!(added.ok, "{added:?}\n{}", node.log());
+    assert_eq!(added.output["interfaces"].as_array().map(Vec::len), Some(1), "there is no host side");
+    let address = added.address().ok_or("no address")?;
+    let inside = stand.netns();
+    let exchange = |payload: &[u8]| {
+        udp_exchange(
+            inside,
+            0,
+            SocketAddrV4::new([10, 1, 16, 1].into(), 7000),
+            payload,
+            Duration::from_secs(2),
+        )
+    };
+    exchange(b"out by its own")?;
+    assert!(node.plugin("CHECK", Some(sandbox), previous(&added))?.ok);
+    let (ingress, egress) = (Direction::Ingress, Direction::Egress);
+    let seen =
+        [node.counted(address, egress, Outcome::Wire)?, node.counted(address, ingress, Outcome::Wire)?];
+    assert!(seen.iter().all(|packets| *packets > 0), "{seen:?}");
+
+    // Another agent takes over without a change; what the pod may not say is dropped and counted.
+    node.kill_agent();
+    node.start_agent()?;
+    exchange(b"once more")?;
+    assert!(node.plugin("CHECK", Some(sandbox), previous(&added))?.ok, "{}", node.log());
+    assert!(node.counted(address, egress, Outcome::Wire)? > seen[0], "the counters went on");
+    inside.exec(&["ip", "addr", "add", "10.1.19.9/32", "dev", "eth0"])?;
+    inside.exec(&[
+        "ip",
+        "route",
+        "replace",
+        "10.1.16.1",
+        "dev",
+        "eth0",
+        "scope",
+        "link",
+        "src",
+        "10.1.19.9",
+    ])?;
+    assert!(exchange(b"in another's name").is_err());
+    assert!(node.counted(address, egress, Outcome::SourceAddress)? > 0);
+
+    let second = node.plugin("ADD", Some(&stands[1].1), mode)?;
+    assert!(second.ok, "{second:?}");
+    assert_ne!(second.address(), Some(address));
+    for (_, sandbox) in &stands[..2] {
+        assert!(node.plugin("DEL", Some(sandbox), json!({}))?.ok, "{}", node.log());
+    }
+    assert!(!inside.exec(&["ip", "-br", "link"])?.contains("eth0"));
+    let names = |text: &str| {
+        let mut names: Vec<String> =
+            text.lines().filter_map(|line| line.split(['@', ' ']).next()).map(str::to_owned).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&node.netns().exec(&["ip", "-br", "link"])?), names(&before));
+    assert!(!node.netns().exec(&["ip", "link"])?.contains("mtu 1500 qdisc noqueue state DOWN"), "as it was");
     assert_eq!(node.traces()?, [""; 0]);
     Ok(())
 }

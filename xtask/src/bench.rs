@@ -12,13 +12,37 @@ use crate::{cmd, crates, lab, needs::Scope, setup};
 pub(crate) enum Bench {
     /// The allocator, and the way from its word to the kernel.
     Ipam,
+    /// Pods' coming, the agent's memory and its start.
+    Lifecycle,
 }
 
 /// Runs a benchmark; its figures are added to the report.
 pub(crate) fn run(bench: Bench, report: Option<&Path>) -> Result<()> {
-    let Bench::Ipam = bench;
-    lab::need_root("the benchmark of the sync")?;
+    lab::need_root("a benchmark")?;
     setup::run(Scope::Tests)?;
+    match bench {
+        Bench::Ipam => ipam(report),
+        Bench::Lifecycle => lifecycle(report),
+    }
+}
+
+fn lifecycle(report: Option<&Path>) -> Result<()> {
+    cmd::step("build for speed", || {
+        let packages = ["--package", "datapath-user", "--package", "eniway-cni", "--package", crates::LAB];
+        let programs = ["--bin", "eniway", "--bin", "eniway-cni", "--bin", "eniway-bench-lifecycle"];
+        cmd::run(cmd::cargo(&["build", "--locked", "--release"]).args(packages).args(programs))
+    })?;
+    let debug = lab::bin_dir()?;
+    let bin = debug.parent().context("the target directory")?.join("release");
+    let mut bench = Command::new(bin.join("eniway-bench-lifecycle"));
+    bench.env("ENIWAY_BIN", bin.join("eniway"));
+    if let Some(report) = report {
+        bench.arg("--report").arg(report);
+    }
+    cmd::step("pods, the agent's memory and its start", || cmd::run(&mut bench))
+}
+
+fn ipam(report: Option<&Path>) -> Result<()> {
     cmd::step("build for speed", || {
         cmd::run(&mut cmd::cargo(&[
             "build",

@@ -120,7 +120,7 @@ fn machine() -> Vec<Finding> {
             "not held: run as root, in a container with this capability added",
         ));
     }
-    for tool in needs::LAB_TOOLS.into_iter().chain(needs::TEST_TOOLS) {
+    for tool in needs::LAB_TOOLS.into_iter().chain(needs::TEST_TOOLS).chain(needs::RUNTIME_TOOLS) {
         findings.push(required(
             tool.program,
             needs::find_tool(tool.program).map(|path| path.display().to_string()),

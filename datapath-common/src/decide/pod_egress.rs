@@ -60,7 +60,11 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
 
 /// What leaves a pod carries no tag and the pod's MAC.
 #[inline(always)]
-fn own_link<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, tag: Option<Tag>) -> Result<Link, Outcome> {
+pub(super) fn own_link<F: Frame + ?Sized>(
+    pod: &Endpoint,
+    frame: &F,
+    tag: Option<Tag>,
+) -> Result<Link, Outcome> {
     let link = match link::parse(frame, tag) {
         Ok(link) => link,
         Err(Outcome::DoubleTag) => return Err(Outcome::TaggedByPod),
@@ -77,7 +81,7 @@ fn own_link<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, tag: Option<Tag>) -> R
 
 /// The sender is the pod; an address probe (RFC 5227) has no address yet. The gateway is answered for.
 #[inline(always)]
-fn speak_arp(pod: &Endpoint, arp: &Arp) -> Outcome {
+pub(super) fn speak_arp(pod: &Endpoint, arp: &Arp) -> Outcome {
     let requests = arp.operation == arp::REQUEST;
     let own = same(arp.sender, pod.ipv4) || requests && same(arp.sender, [0; 4]);
     if !own || !same_mac(arp.sender_mac, pod.mac) {
@@ -91,7 +95,7 @@ fn speak_arp(pod: &Endpoint, arp: &Arp) -> Outcome {
 
 /// The source is the pod, and it says nothing that only a router or a server may say.
 #[inline(always)]
-fn own_ipv4<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, link: &Link) -> Result<Ipv4, Outcome> {
+pub(super) fn own_ipv4<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, link: &Link) -> Result<Ipv4, Outcome> {
     const DHCP_SERVER: u16 = 67;
     const DHCP_CLIENT: u16 = 68;
     let ip = ipv4::parse(frame, link.header_len)?;

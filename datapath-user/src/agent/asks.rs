@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, rc::Rc};
 
 use tokio::sync::oneshot;
 
-use super::{Agent, Feed};
+use super::{Agent, Feed, exclusive::is_exclusive};
 use crate::{
     attachment::Attachment,
     net,
@@ -131,7 +131,11 @@ impl Agent {
         if self.closed.contains(&owner) {
             return Standing::NotYet("its interface is still closed");
         }
-        if net::ifname(live.record.ifindex).is_none() {
+        if is_exclusive(&live.record) {
+            if !self.is_alive(live.record.ifindex) {
+                return Standing::NotYet("its ENI is gone");
+            }
+        } else if net::ifname(live.record.ifindex).is_none() {
             return Standing::NotYet("its interface on the host's side is gone");
         }
         if !self.is_attached(live.record.ifindex) {
@@ -150,7 +154,7 @@ impl Agent {
             Standing::NotYet(what) => Some(what.to_owned()),
             Standing::Failed(what) => Some(what),
         };
-        let host_interface = self.tables.pod(owner).and_then(|live| net::ifname(live.record.ifindex));
+        let host_interface = self.host_interface_of(owner);
         View { owner, pod: pod.clone(), host_interface, problem }
     }
 
@@ -170,7 +174,7 @@ impl Agent {
             return Err(Refused::Exists(known.clone()));
         }
         let container_id = attachment.container_id.clone();
-        let unkept = |error: crate::attachment::AttachmentError| Refused::Unkept(error.to_string());
+        let unkept = |error: crate::kept::KeptError| Refused::Unkept(error.to_string());
         if let Feed::File(file) = &self.source {
             let path = file.path().to_owned();
             let Some(document) = &self.document else {
@@ -195,7 +199,7 @@ impl Agent {
                 self.attachments.remove(&container_id);
             }
         }
-        self.attachments.put(attachment).map_err(unkept)?;
+        self.attachments.put(&container_id, attachment).map_err(unkept)?;
         self.follow_attachments().await;
         let claimed = self
             .document

@@ -4,6 +4,7 @@
 //! kernel and applies differences. It ends without undoing anything.
 
 pub(crate) mod asks;
+mod exclusive;
 mod parent;
 
 use std::{
@@ -31,19 +32,22 @@ use tokio::{
     time::{self, MissedTickBehavior},
 };
 
-use self::{asks::Waiter, parent::Parent};
+use self::{asks::Waiter, exclusive::is_exclusive, parent::Parent};
 use crate::{
     api::{self, Backing},
     attach::{self, AttachError, Target},
-    attachment::{AttachmentError, Attachments},
+    attachment::Attachment,
     config::{self, Config, Metadata, Source, Xdp},
     detach,
     feature::{self, FeatureError, TcKind},
     grace::Grace,
     ipam::{IpamError, TlsFiles},
+    kept::{Kept, KeptError},
     lock::{self, Lock, LockError},
     net,
     netlink::{self, NetlinkError},
+    netns::NetnsError,
+    nic::{Nic, NicError},
     object::{self, Constants, ObjectError, program},
     pin::{Hook, PinError, Pins},
     reconcile::{self, Plan},
@@ -103,6 +107,9 @@ pub enum AgentError {
     /// The BPF file system.
     #[error(transparent)]
     Pin(#[from] PinError),
+    /// A pod's namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
     /// The programs.
     #[error(transparent)]
     Object(#[from] ObjectError),
@@ -121,9 +128,12 @@ pub enum AgentError {
     /// The status file.
     #[error(transparent)]
     Status(#[from] StatusError),
-    /// What runtimes asked for.
+    /// A pod's own ENI.
     #[error(transparent)]
-    Attachment(#[from] AttachmentError),
+    Nic(Box<NicError>),
+    /// What is kept between two agents.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     /// The socket for the CNI plugin.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -307,7 +317,11 @@ struct Agent {
     /// The file's document in force.
     document: Option<Snapshot>,
     /// What runtimes asked for.
-    attachments: Attachments,
+    attachments: Kept<Attachment>,
+    /// ENIs that are in pods, by owner.
+    nics: Kept<Nic>,
+    /// Interface indexes of ENIs in pods that were given or checked since the start, by owner.
+    nic_indexes: BTreeMap<u64, u32>,
     waiters: Vec<Waiter>,
     /// What shall be: the snapshot in force, with the changes since.
     desired: Option<Rc<Desired>>,
@@ -399,6 +413,8 @@ impl Agent {
         let mut pods = object::open(constants, &config.limits, Some(&pins))?;
         object::tc(&mut pods, program::POD_EGRESS)?;
         object::tc(&mut pods, program::POD_INGRESS)?;
+        object::tc(&mut pods, program::NIC_INGRESS)?;
+        object::tc(&mut pods, program::NIC_EGRESS)?;
         let mut tables = Tables::new(Maps::open(&pins)?)?;
         let indexes = parent::numbers(&ifindexes, tables.pods());
         let parents = config
@@ -421,7 +437,8 @@ impl Agent {
             pods: Status::read(&config.run_dir).map(|status| status.pods).unwrap_or_default(),
             ..Status::default()
         };
-        let attachments = Attachments::load(&config.run_dir)?;
+        let attachments = Kept::load(&config.run_dir, "attachments")?;
+        let nics = Kept::load(&config.run_dir, "enis")?;
         let mut agent = Self {
             config,
             pins,
@@ -433,6 +450,8 @@ impl Agent {
             source,
             document: None,
             attachments,
+            nics,
+            nic_indexes: BTreeMap::new(),
             waiters: Vec::new(),
             desired: None,
             held: None,
@@ -472,8 +491,13 @@ impl Agent {
         let known: Vec<Live> = self.tables.pods().copied().collect();
         for pod in known {
             let ifindex = pod.record.ifindex;
-            let Some(interface) = net::ifname(ifindex) else { continue };
-            if let Err(error) = self.attach_pod(&interface, ifindex) {
+            let attached = if is_exclusive(&pod.record) {
+                self.attach_nic(pod.record.owner, ifindex)
+            } else {
+                let Some(interface) = net::ifname(ifindex) else { continue };
+                self.attach_pod(&interface, ifindex)
+            };
+            if let Err(error) = attached {
                 log::error!("{error}");
             }
         }
@@ -777,7 +801,8 @@ impl Agent {
     /// Records of all pods, or of those of some owners, that shall be in the tables.
     fn wanted(&self, desired: &Desired, scope: Option<&BTreeSet<u64>>) -> BTreeMap<u64, Endpoint> {
         let record = |(owner, pod): (u64, &Pod)| {
-            let parent = self.parents.iter().find(|parent| parent.config.interface == pod.parent)?;
+            let Some(parent) = &pod.parent else { return Some((owner, pod.record(0, 0))) };
+            let parent = self.parents.iter().find(|known| known.config.interface == *parent)?;
             // While its parent is away a pod keeps the record it has.
             let ifindex =
                 parent.ifindex.or_else(|| self.tables.pod(owner).map(|live| live.record.parent_ifindex));
@@ -816,6 +841,11 @@ impl Agent {
                 log::error!("cannot remove what was wired for pod {owner:016x}: {error}");
             }
         }
+        for owner in self.nics_for_nothing(&desired) {
+            if let Err(error) = self.take_nic_back(owner).await {
+                log::error!("cannot take the ENI of pod {owner:016x} back: {error}");
+            }
+        }
         if scope.is_none() {
             match self.sync_vips(&desired).and_then(|changes| Ok(changes + self.sync_host_dst()?)) {
                 Ok(changes) => operations += changes,
@@ -823,8 +853,10 @@ impl Agent {
             }
         }
         let prepared = |pod: &Pod| {
-            let parent = self.parents.iter().find(|parent| parent.config.interface == pod.parent);
-            parent.is_some_and(|parent| parent.is_prepared_for(pod))
+            pod.is_exclusive()
+                || self.parents.iter().any(|parent| {
+                    Some(&parent.config.interface) == pod.parent.as_ref() && parent.is_prepared_for(pod)
+                })
         };
         if scope.is_none() || !pods.values().filter(|pod| pod.is_wanted()).all(|pod| prepared(pod)) {
             self.prepare_parents(&desired).await;
@@ -882,6 +914,10 @@ impl Agent {
         let Some(live) = self.tables.release(owner)? else { return Ok(()) };
         self.wired.remove(&owner);
         self.closed.remove(&owner);
+        if is_exclusive(&live.record) {
+            self.take_nic_back(owner).await?;
+            return Ok(self.detach_pod(live.record.ifindex)?);
+        }
         self.take_down(live.record.ifindex).await
     }
 
@@ -897,7 +933,10 @@ impl Agent {
     }
 
     /// Wires a pod, unless it was found wired since the start and its interface is still there.
-    async fn wire(&mut self, owner: u64, pod: &Pod) -> Result<(), WiringError> {
+    async fn wire(&mut self, owner: u64, pod: &Pod) -> Result<(), AgentError> {
+        if pod.is_exclusive() {
+            return self.wire_nic(owner, pod).await;
+        }
         let record = self.tables.pod(owner).map(|live| live.record);
         if let (Some(record), Some(interface)) = (record, self.wired.get(&owner))
             && net::ifindex(interface) == Some(record.ifindex)
@@ -925,6 +964,9 @@ impl Agent {
         record: &Endpoint,
         moving: &BTreeSet<u64>,
     ) -> Result<usize, AgentError> {
+        if pod.is_exclusive() {
+            return self.program_nic(record, moving);
+        }
         let owner = record.owner;
         // Wired a moment ago, or it would be stuck; if it went away since, the next check finds it.
         let Some(interface) = self.wired.get(&owner).cloned() else { return Ok(0) };
@@ -969,7 +1011,11 @@ impl Agent {
     fn lost_pods(&self) -> bool {
         self.tables.pods().any(|pod| {
             let ifindex = pod.record.ifindex;
-            net::ifname(ifindex).is_none() || !self.is_attached(ifindex)
+            let gone = match is_exclusive(&pod.record) {
+                true => !self.is_alive(ifindex),
+                false => net::ifname(ifindex).is_none(),
+            };
+            gone || !self.is_attached(ifindex)
         })
     }
 
@@ -1050,16 +1096,22 @@ impl Agent {
         self.next_report = Instant::now() + began.elapsed() * STATUS_SHARE;
     }
 
+    fn host_interface_of(&self, owner: u64) -> Option<String> {
+        let record = self.tables.pod(owner)?.record;
+        if is_exclusive(&record) { None } else { net::ifname(record.ifindex) }
+    }
+
     fn pod_status(&self, owner: u64, pod: &Pod) -> PodStatus {
         let live = self.tables.pod(owner);
         let host_interface = self
             .wired
             .get(&owner)
             .cloned()
-            .or_else(|| live.and_then(|live| net::ifname(live.record.ifindex)))
+            .or_else(|| self.host_interface_of(owner))
             .or_else(|| pod.host_interface.as_ref().map(ToString::to_string));
         let waiting = pod.is_waiting().then(|| "waits for the runtime to bring its sandbox".to_owned());
-        let unattached = pod.vlan.is_none().then(|| "the source gives no VLAN id yet".to_owned()).or(waiting);
+        let lacks_vlan = pod.vlan.is_none() && !pod.is_exclusive();
+        let unattached = lacks_vlan.then(|| "the source gives no VLAN id yet".to_owned()).or(waiting);
         PodStatus {
             uid: pod.uid.clone(),
             namespace: pod.namespace.clone(),
@@ -1070,7 +1122,7 @@ impl Agent {
             host_interface,
             id: live.map(|live| live.record.id),
             slot: live.map(|live| live.slot),
-            parent: pod.parent.to_string(),
+            parent: pod.parent.as_ref().map(ToString::to_string).unwrap_or_default(),
             vlan: pod.vlan.map_or(0, net::VlanId::get),
             mac: pod.mac,
             ipv4: pod.ipv4,
@@ -1153,7 +1205,7 @@ pub(crate) fn pod_spec(pod: &Pod) -> PodSpec {
         gateway: pod.gateway,
         gateway_mac: pod.gateway_mac.0,
         mtu: pod.mtu,
-        parent: pod.parent.to_string(),
+        parent: pod.parent.as_ref().map(ToString::to_string).unwrap_or_default(),
         extras: pod.extras.clone(),
     }
 }

@@ -91,7 +91,7 @@ pub(super) fn answer(view: &View) -> Result<AddResponse, Status> {
     let default = proto::Route { destination: "0.0.0.0/0".to_owned(), gateway: pod.gateway.to_string() };
     Ok(AddResponse {
         host_interface: view.host_interface.clone().unwrap_or_default(),
-        host_mac: text(pod.gateway_mac.0),
+        host_mac: view.host_interface.as_ref().map_or_else(String::new, |_| text(pod.gateway_mac.0)),
         mac: text(pod.mac.0),
         ipv4: format!("{}/32", pod.ipv4),
         gateway: pod.gateway.to_string(),

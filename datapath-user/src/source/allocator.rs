@@ -270,24 +270,29 @@ fn low_half(generation: u64) -> u32 {
 
 /// The agent's view of an allocation, or why there is none.
 fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
-    if allocation.kind == Kind::Eni {
-        return Err("a whole ENI; this agent programs sub-ENIs only".to_owned());
-    }
     let name = |what: &str, text: &str| {
         InterfaceName::new(text).ok_or_else(|| format!("{what}: `{text}` cannot be an interface's name"))
     };
     let interface = name("interface", &allocation.interface)?;
-    let parent = allocation.parent_interface.as_deref().ok_or_else(|| {
-        let id = allocation.parent.as_deref().unwrap_or("none");
-        format!(
-            "parent: the allocator does not know the interface of {id}; correct the node's settings there"
-        )
-    })?;
-    let parent = name("parent", parent)?;
+    let parent = match allocation.kind {
+        Kind::Eni => None,
+        Kind::SubEni => {
+            let parent = allocation.parent_interface.as_deref().ok_or_else(|| {
+                let id = allocation.parent.as_deref().unwrap_or("none");
+                format!(
+                    "parent: the allocator does not know the interface of {id}; correct the node's settings there"
+                )
+            })?;
+            Some(name("parent", parent)?)
+        }
+    };
     let netns = allocation.netns.as_ref().filter(|netns| !netns.is_empty()).map(Into::into);
     // Without a namespace somebody else wires the pod, and names the host's side as we would.
     let host_interface = match &netns {
         Some(_) => None,
+        None if parent.is_none() => {
+            return Err("netns: an ENI of its own can only be moved to a namespace".to_owned());
+        }
         None => Some(wiring::host_interface_name(&allocation.key.container_id, interface.as_str())),
     };
     let mac = Mac(allocation.mac.0);
@@ -363,6 +368,10 @@ mod tests {
         assert_eq!(wired.owner(), owner(&allocation().key));
         let lost = pod(&Allocation { vlan: -1, ..allocation() }, &parents).unwrap();
         assert!(!lost.is_wanted());
+        let own =
+            Allocation { kind: Kind::Eni, vlan: 0, parent: None, parent_interface: None, ..allocation() };
+        let own = pod(&own, &parents).unwrap();
+        assert!(own.is_exclusive() && own.is_wanted());
         let adopted = pod(&Allocation { netns: None, ..allocation() }, &parents).unwrap();
         let expected = wiring::host_interface_name("c", "eth0");
         assert_eq!(adopted.host_interface.map(|name| name.to_string()), Some(expected));
@@ -375,7 +384,7 @@ mod tests {
             (Allocation { vlan: 5000, ..allocation() }, "5000"),
             (Allocation { parent_interface: Some("eth7".to_owned()), ..allocation() }, "eth7"),
             (Allocation { parent_interface: None, ..allocation() }, "eni-1"),
-            (Allocation { kind: Kind::Eni, ..allocation() }, "whole ENI"),
+            (Allocation { kind: Kind::Eni, netns: None, ..allocation() }, "namespace"),
             (Allocation { gateway: [10, 2, 0, 1].into(), ..allocation() }, "10.2.0.1"),
         ] {
             let reason = pod(&wrong, &parents).unwrap_err();

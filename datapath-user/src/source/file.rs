@@ -208,7 +208,7 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         host_interface: entry.host_interface,
         state,
         generation: entry.generation,
-        parent: entry.parent,
+        parent: Some(entry.parent),
         vlan: entry.vlan,
         mac: entry.mac,
         wire_mac: entry.wire_mac.unwrap_or(entry.mac),
@@ -243,7 +243,8 @@ fn check_unique(pods: &[Pod]) -> Result<(), Problem> {
             continue;
         }
         if let Some(vlan) = pod.vlan {
-            let what = format_args!("VLAN {vlan} of {}", pod.parent);
+            let parent = pod.parent.as_ref().map_or("", InterfaceName::as_str);
+            let what = format_args!("VLAN {vlan} of {parent}");
             vlans.add(&at, ".vlan", (&pod.parent, vlan), what)?;
         }
         ipv4.add(&at, ".ipv4", pod.ipv4, pod.ipv4)?;

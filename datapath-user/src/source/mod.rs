@@ -70,8 +70,8 @@ pub struct Pod {
     pub state: State,
     /// The allocator's generation of the allocation.
     pub generation: u32,
-    /// Interface of the parent ENI.
-    pub parent: InterfaceName,
+    /// Interface of the parent ENI; none = the pod has an ENI of its own.
+    pub parent: Option<InterfaceName>,
     /// VLAN id on the parent; none yet = the pod is listed, and not programmed.
     pub vlan: Option<VlanId>,
     /// MAC of the sub-ENI.
@@ -127,15 +127,13 @@ impl Pod {
                 "neither `netns` nor `host_interface` is given: one must say where the pod is".to_owned(),
             );
         }
-        if !parents.iter().any(|parent| parent.as_ref() == self.parent.as_str()) {
+        if let Some(own) = &self.parent
+            && !parents.iter().any(|parent| parent.as_ref() == own.as_str())
+        {
             let known: Vec<&str> = parents.iter().map(AsRef::as_ref).collect();
             return problem(
                 "parent",
-                format!(
-                    "`{}` is not a [[parent]] of the configuration, which has {}",
-                    self.parent,
-                    known.join(", ")
-                ),
+                format!("`{}` is not a [[parent]] of the configuration, which has {}", own, known.join(", ")),
             );
         }
         let usable = |address: Ipv4Addr| {
@@ -169,7 +167,12 @@ impl Pod {
 
     /// Whether it shall be in the tables.
     pub fn is_wanted(&self) -> bool {
-        self.state == State::Active && self.vlan.is_some() && !self.is_waiting()
+        self.state == State::Active && (self.vlan.is_some() || self.is_exclusive()) && !self.is_waiting()
+    }
+
+    /// Whether it has an ENI of its own, which is moved into it.
+    pub fn is_exclusive(&self) -> bool {
+        self.parent.is_none()
     }
 
     /// Whether the runtime has yet to bring its sandbox.

@@ -19,11 +19,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use datapath_common::abi::{Direction, Outcome};
 use datapath_user::{
     pin::Pins,
     tables::{Maps, Tables},
 };
+use eniway_agent_api::{Attachment, CheckRequest, SOCKET, StatusRequest, agent_client::AgentClient};
 use serde_json::{Value, json};
+use tonic::transport::Endpoint;
 
 use crate::lab::{Error, Netns, NetnsGuard, Result, agent::eniway_binary};
 
@@ -142,6 +145,39 @@ impl Node {
         fs::write(&path, text).map_err(io_error("writing the agent's configuration"))
     }
 
+    /// Gives the node's pods ENIs of their own instead, so many at the most.
+    ///
+    /// # Errors
+    ///
+    /// When the configurations cannot be written.
+    pub fn use_exclusive(&self, bindable: u32) -> Result<()> {
+        let (agent, ipam) = (self.path("agent.toml"), self.path("ipam.toml"));
+        let read = |path: &Path| fs::read_to_string(path).map_err(io_error("reading a configuration"));
+        let text = read(&agent)?.replace("[[parent]]\ninterface = \"eth1\"\n", "");
+        fs::write(&agent, text).map_err(io_error("writing the agent's configuration"))?;
+        let text = read(&ipam)?;
+        let kind =
+            text.lines().find(|line| line.starts_with("kind = { sub-eni")).unwrap_or_default().to_owned();
+        let own = format!("kind = {{ exclusive-eni = {{ instance = \"i-1\", bindable = {bindable} }} }}");
+        let text = text.replace(&kind, &own);
+        fs::write(&ipam, text).map_err(io_error("writing the allocator's configuration"))
+    }
+
+    /// Packets that were counted for a pod's address.
+    ///
+    /// # Errors
+    ///
+    /// When the tables cannot be read, or do not know the address.
+    pub fn counted(&self, address: Ipv4Addr, direction: Direction, outcome: Outcome) -> Result<u64> {
+        let unreadable = |error: datapath_user::tables::TablesError| Error::Unknown(error.to_string());
+        let tables = Maps::open(&Pins::new(&self.pin_dir())).and_then(Tables::new).map_err(unreadable)?;
+        let pod = tables.pods().find(|pod| Ipv4Addr::from(pod.record.ipv4) == address);
+        let id = pod.ok_or_else(|| Error::Unknown(format!("{address} is in no table")))?.record.id;
+        let rows = tables.maps.all_counters().map_err(unreadable)?;
+        let row = rows.into_iter().find(|(row, _)| *row == id);
+        Ok(row.map_or(0, |(_, row)| row.get(direction, outcome).packets))
+    }
+
     /// The namespace of a node that has just been switched on.
     fn boot(&mut self) -> Result<()> {
         let name = format!("ewr-{}-n", self.name);
@@ -195,13 +231,53 @@ impl Node {
     ///
     /// When it cannot be started, or does not become ready.
     pub fn start_agent(&mut self) -> Result<()> {
+        self.spawn_agent()?;
+        self.wait("the agent is ready", |node| Ok(node.plugin("STATUS", None, json!({}))?.ok))
+    }
+
+    /// Starts the agent; answers with the time from its exec until it would add a pod, and forwards for this one.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started, or is not ready soon.
+    pub fn time_start(&mut self, sandbox: &Sandbox) -> Result<Duration> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(io_error("starting a runtime"))?;
+        let socket = format!("unix:{}", self.run_dir().join(SOCKET).display());
+        let endpoint = Endpoint::from_shared(socket).map_err(|error| Error::Unknown(error.to_string()))?;
+        let request = CheckRequest {
+            attachment: Some(Attachment { container_id: sandbox.id.clone(), interface: "eth0".into() }),
+            netns: sandbox.netns.clone(),
+            addresses: Vec::new(),
+        };
+        let begin = Instant::now();
+        self.spawn_agent()?;
+        let ready = async {
+            loop {
+                if let Ok(channel) = endpoint.connect().await {
+                    let mut agent = AgentClient::new(channel);
+                    let adds = agent.status(StatusRequest {}).await;
+                    if adds.is_ok_and(|status| status.into_inner().problem.is_empty())
+                        && agent.check(request.clone()).await.is_ok()
+                    {
+                        return begin.elapsed();
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let late = |_| Error::Unknown(format!("the agent is not ready within {SOON:?}\n{}", self.log()));
+        runtime.block_on(async { tokio::time::timeout(SOON, ready).await }).map_err(late)
+    }
+
+    fn spawn_agent(&mut self) -> Result<()> {
         let path = self.path("agent.log");
         let log = fs::OpenOptions::new().create(true).append(true).open(&path);
         let log = log.map_err(io_error(format!("opening {}", path.display())))?;
         let mut command = self.netns().command(eniway_binary()?)?;
         command.args(["agent", "--config"]).arg(self.path("agent.toml")).stdout(Stdio::null()).stderr(log);
         self.agent = Some(command.spawn().map_err(io_error("starting the agent"))?);
-        self.wait("the agent is ready", |node| Ok(node.plugin("STATUS", None, json!({}))?.ok))
+        Ok(())
     }
 
     /// Its process id, while it runs.
@@ -242,7 +318,7 @@ impl Node {
     pub fn plugin_conf(&self) -> Value {
         json!({
             "type": "eniway-cni",
-            "agent": self.run_dir().join("agent.sock"),
+            "agent": self.run_dir().join(SOCKET),
             "capabilities": { "io.kubernetes.cri.pod-annotations": true }
         })
     }
@@ -324,9 +400,11 @@ impl Node {
             let given: Vec<Value> = json_of(&given)?;
             traces.extend(given.iter().map(|one| format!("address of {}", one["name"])));
         }
-        for (dir, what) in
-            [(self.pin_dir().join("v1/links"), "pin"), (self.run_dir().join("attachments"), "attachment")]
-        {
+        for (dir, what) in [
+            (self.pin_dir().join("v1/links"), "pin"),
+            (self.run_dir().join("attachments"), "attachment"),
+            (self.run_dir().join("enis"), "ENI in a pod"),
+        ] {
             for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
                 let name = entry.file_name().to_string_lossy().into_owned();
                 if !name.starts_with("parent-") {
