@@ -274,6 +274,23 @@ async fn wire_pod(
     if namespace.same_as(&Namespace::current()?) {
         return Err(WiringError::HostNetwork(path.to_path_buf()));
     }
+    if named.is_none() {
+        // Nearly always the pair is one that we made, or there is none yet: both are seen from this side, and the pod's
+        // namespace is entered once only.
+        match netlink.find_link(&host_interface_name(&spec.owner_key, &spec.interface)).await? {
+            Some(host) => {
+                if adopt(netlink, spec, &namespace, &host).await? {
+                    return Ok((host, true));
+                }
+            }
+            None => match add_pair(netlink, spec, &namespace).await {
+                Ok(host) => return finish_pair(netlink, spec, &namespace, host).await,
+                // The pod has an interface of that name: whose it is, is to be seen.
+                Err(WiringError::Netlink(error)) if error.is(libc::EEXIST) => {}
+                Err(error) => return Err(error),
+            },
+        }
+    }
     if let Some(host) = find_pair(netlink, spec, &namespace, named).await? {
         let by_us = is_own_name(&host.name);
         wire_pod_side(spec, &namespace, if by_us { Existing::Replace } else { Existing::Keep }).await?;
@@ -289,7 +306,43 @@ async fn wire_pod(
         });
     }
     let host = make_pair(netlink, spec, &namespace).await?;
-    match wire_pod_side(spec, &namespace, Existing::Replace).await {
+    finish_pair(netlink, spec, &namespace, host).await
+}
+
+/// Sets up the pod's side of a pair, when that is the other end of this host side. Returns whether it is.
+async fn adopt(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    namespace: &Namespace,
+    host: &Link,
+) -> Result<bool, WiringError> {
+    let is_there = host.peer_namespace.is_some()
+        && host.peer_namespace == netlink.namespace_id(namespace).await?
+        && host.alias.as_ref() == Some(&alias(spec));
+    if !host.veth || !is_there {
+        return Ok(false);
+    }
+    let (spec, host) = (spec.clone(), host.clone());
+    in_pod(namespace, async move || {
+        let netlink = Netlink::open()?;
+        let Some(inside) = netlink.find_link(&spec.interface).await? else { return Ok(false) };
+        let is_its_end = inside.veth && inside.peer == Some(host.index) && host.peer == Some(inside.index);
+        if !is_its_end || inside.mac != Some(spec.mac) {
+            return Ok(false);
+        }
+        set_up_inside(&netlink, &spec, &inside, Existing::Replace).await?;
+        Ok(true)
+    })
+    .await
+}
+
+async fn finish_pair(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    namespace: &Namespace,
+    host: Link,
+) -> Result<(Link, bool), WiringError> {
+    match wire_pod_side(spec, namespace, Existing::Replace).await {
         Ok(()) => Ok((host, false)),
         Err(error) => {
             // Half a pod helps nobody, and the next attempt would take it for one to adopt.
@@ -353,6 +406,11 @@ async fn make_pair(netlink: &Netlink, spec: &PodSpec, namespace: &Namespace) -> 
             _ => netlink.delete_link(&stale).await?,
         }
     }
+    add_pair(netlink, spec, namespace).await
+}
+
+async fn add_pair(netlink: &Netlink, spec: &PodSpec, namespace: &Namespace) -> Result<Link, WiringError> {
+    let name = host_interface_name(&spec.owner_key, &spec.interface);
     let here = VethEnd { name: &name, mac: spec.gateway_mac };
     let there = VethEnd { name: &spec.interface, mac: spec.mac };
     netlink.add_veth(here, there, namespace, u32::from(spec.mtu)).await?;
@@ -389,21 +447,30 @@ pub(crate) async fn wire_pod_side(
     let spec = spec.clone();
     in_pod(namespace, async move || {
         let netlink = Netlink::open()?;
-        let lo = netlink.link("lo").await?;
-        netlink.change_link(&lo, LinkChange { up: true, ..LinkChange::default() }).await?;
-        ethtool::set(&spec.interface, Offload::Gro, true)?;
-        // Its addresses and routes are given; whoever sends router advertisements is not to add others.
-        sysctl::set(&["ipv6", "conf", &spec.interface, "accept_ra"], "0")?;
         let link = netlink.link(&spec.interface).await?;
-        netlink.add_address(&link, spec.ipv4.into()).await?;
-        let change = LinkChange { mtu: Some(u32::from(spec.mtu)), up: true, ..LinkChange::default() };
-        netlink.change_link(&link, change).await?;
-        netlink.set_neighbour(&link, spec.gateway, spec.gateway_mac).await?;
-        netlink.add_link_route(spec.gateway.into(), &link, existing).await?;
-        netlink.add_default_route(spec.gateway, &link, MAIN, existing).await?;
-        set_up_extras(&netlink, &spec, &link, existing).await
+        set_up_inside(&netlink, &spec, &link, existing).await
     })
     .await
+}
+
+async fn set_up_inside(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    link: &Link,
+    existing: Existing,
+) -> Result<(), WiringError> {
+    let lo = netlink.link("lo").await?;
+    netlink.change_link(&lo, LinkChange { up: true, ..LinkChange::default() }).await?;
+    ethtool::set(&spec.interface, Offload::Gro, true)?;
+    // Its addresses and routes are given; whoever sends router advertisements is not to add others.
+    sysctl::set(&["ipv6", "conf", &spec.interface, "accept_ra"], "0")?;
+    netlink.add_address(link, spec.ipv4.into()).await?;
+    let change = LinkChange { mtu: Some(u32::from(spec.mtu)), up: true, ..LinkChange::default() };
+    netlink.change_link(link, change).await?;
+    netlink.set_neighbour(link, spec.gateway, spec.gateway_mac).await?;
+    netlink.add_link_route(spec.gateway.into(), link, existing).await?;
+    netlink.add_default_route(spec.gateway, link, MAIN, existing).await?;
+    set_up_extras(netlink, spec, link, existing).await
 }
 
 async fn set_up_extras(

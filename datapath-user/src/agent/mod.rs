@@ -26,6 +26,7 @@ use eniway_ipam::{
     api::RefusedByAgent,
     rpc::{ClientError, LocalSocket, ServeError, Tls},
 };
+use futures_util::{StreamExt as _, stream};
 use ipnet::Ipv4Net;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -74,6 +75,8 @@ const SETTINGS_TICKS: u64 = 15;
 const SETTLE: Duration = Duration::from_millis(30);
 /// How long a single run waits for the allocator.
 const FIRST_WORD: Duration = Duration::from_secs(10);
+/// So many pods are wired at once: most of the time goes by in their namespaces, on threads of their own.
+const WIRED_AT_ONCE: usize = 8;
 /// Writing the status may take this share of the time: with thousands of pods it takes longer than most changes do.
 const STATUS_SHARE: u32 = 20;
 
@@ -864,11 +867,9 @@ impl Agent {
 
         // A pod that cannot be wired keeps what it has, which may be what another one is to get.
         let mut stuck = BTreeSet::new();
-        for owner in in_order(&desired, &plan) {
-            if let Err(error) = self.wire(owner, pods[&owner]).await {
-                self.faults.insert(owner, error.to_string());
-                stuck.insert(owner);
-            }
+        for (owner, error) in self.wire_all(&in_order(&desired, &plan), &pods).await {
+            self.faults.insert(owner, error.to_string());
+            stuck.insert(owner);
         }
         let plan = if stuck.is_empty() { plan } else { self.plan(&desired, scope, &stuck) };
         let wanted = self.wanted(&desired, scope);
@@ -932,29 +933,47 @@ impl Agent {
         Ok(self.detach_pod(ifindex)?)
     }
 
-    /// Wires a pod, unless it was found wired since the start and its interface is still there.
-    async fn wire(&mut self, owner: u64, pod: &Pod) -> Result<(), AgentError> {
-        if pod.is_exclusive() {
-            return self.wire_nic(owner, pod).await;
+    /// Wires pods, several at a time; answers with those that cannot be.
+    async fn wire_all(&mut self, owners: &[u64], pods: &BTreeMap<u64, &Pod>) -> Vec<(u64, AgentError)> {
+        let mut failed = Vec::new();
+        let mut specs = Vec::new();
+        for owner in owners {
+            let pod = pods[owner];
+            if pod.is_exclusive() {
+                if let Err(error) = self.wire_nic(*owner, pod).await {
+                    failed.push((*owner, error));
+                }
+            } else if !self.is_wired(*owner, pod) {
+                self.wired.remove(owner);
+                specs.push((*owner, pod_spec(pod)));
+            }
         }
+        let wiring = specs.into_iter().map(|(owner, spec)| async move { (owner, wiring::wire(&spec).await) });
+        let mut wiring = stream::iter(wiring).buffer_unordered(WIRED_AT_ONCE);
+        while let Some((owner, wired)) = wiring.next().await {
+            match wired {
+                Ok(wired) => {
+                    log::debug!("pod {} is wired by {}", pods[&owner].full_name(), wired.host_interface);
+                    self.wired.insert(owner, wired.host_interface);
+                    self.closed.insert(owner);
+                }
+                Err(error) => failed.push((owner, error.into())),
+            }
+        }
+        failed
+    }
+
+    /// Whether a pod was found wired since the start, and its interface is still there.
+    fn is_wired(&self, owner: u64, pod: &Pod) -> bool {
         let record = self.tables.pod(owner).map(|live| live.record);
-        if let (Some(record), Some(interface)) = (record, self.wired.get(&owner))
-            && net::ifindex(interface) == Some(record.ifindex)
-            && record.mtu == pod.mtu
-            && record.mac == pod.mac.0
-            && record.gateway_mac == pod.gateway_mac.0
-            && record.ipv4 == pod.ipv4.octets()
-            && record.gateway_ipv4 == pod.gateway.octets()
-            && pod.host_interface.as_ref().is_none_or(|named| named.as_str() == interface)
-        {
-            return Ok(());
-        }
-        self.wired.remove(&owner);
-        let wired = wiring::wire(&pod_spec(pod)).await?;
-        log::debug!("pod {} is wired by {}", pod.full_name(), wired.host_interface);
-        self.wired.insert(owner, wired.host_interface);
-        self.closed.insert(owner);
-        Ok(())
+        matches!((record, self.wired.get(&owner)), (Some(record), Some(interface))
+            if net::ifindex(interface) == Some(record.ifindex)
+                && record.mtu == pod.mtu
+                && record.mac == pod.mac.0
+                && record.gateway_mac == pod.gateway_mac.0
+                && record.ipv4 == pod.ipv4.octets()
+                && record.gateway_ipv4 == pod.gateway.octets()
+                && pod.host_interface.as_ref().is_none_or(|named| named.as_str() == interface))
     }
 
     /// Attaches the programs of a wired pod, writes its record, and lets it speak. Returns how much changed.
