@@ -102,7 +102,8 @@ impl Agent {
     pub(super) fn attach_nic(&mut self, owner: u64, ifindex: u32) -> Result<(), AgentError> {
         let Some(nic) = self.nics.get(&key(owner)).cloned() else { return Ok(()) };
         let Ok(namespace) = Namespace::open(&nic.netns) else { return Ok(()) };
-        let Self { pods, pins, kind, .. } = self;
+        let Self { pods, pins, kind, grace, .. } = self;
+        let _short = grace.expedite();
         for (name, hook) in PROGRAMS {
             let program = object::tc(pods, name)?;
             let pin = pins.pod_tc(ifindex, hook);

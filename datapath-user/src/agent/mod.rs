@@ -310,7 +310,6 @@ struct Agent {
     config: Config,
     pins: Pins,
     kind: TcKind,
-    /// Shared, so that what holds it short leaves the agent free to work.
     grace: Rc<Grace>,
     tables: Tables,
     /// The object whose pod programs are attached.
@@ -370,7 +369,7 @@ impl Agent {
         let locks = [run_lock, pin_lock];
 
         let grace = Rc::new(Grace::new(&config.run_dir));
-        let _short = grace.expedite();
+        let short = grace.expedite();
         let started = Self::attach(config, kind, Rc::clone(&grace), pins.clone(), addresses, source, locks);
         let mut agent = started.inspect_err(|_| {
             // Where nothing was, nothing is left.
@@ -378,6 +377,7 @@ impl Agent {
                 log::error!("{error}");
             }
         })?;
+        drop(short);
         agent.take(first).await;
         if until == Until::Applied {
             agent.hear_first().await;
@@ -507,6 +507,8 @@ impl Agent {
     }
 
     fn attach_pod(&mut self, interface: &str, ifindex: u32) -> Result<(), AgentError> {
+        let grace = Rc::clone(&self.grace);
+        let _short = grace.expedite();
         let target = Target { interface, ifindex };
         for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
             let program = object::tc(&mut self.pods, name)?;
@@ -825,9 +827,6 @@ impl Agent {
         };
         let mut operations = 0;
         let plan = self.plan(&desired, scope, &BTreeSet::new());
-        let grace = Rc::clone(&self.grace);
-        let changes = !plan.release.is_empty() || !plan.put.is_empty() || !self.status.ready;
-        let _short = changes.then(|| grace.expedite());
 
         let mut released = 0;
         for owner in &plan.release {
@@ -925,6 +924,7 @@ impl Agent {
     /// Removes a veth that the agent made, and only then its programs: without them it would be open to the host's
     /// stack.
     async fn take_down(&self, ifindex: u32) -> Result<(), AgentError> {
+        let _short = self.grace.expedite();
         if let Some(interface) = net::ifname(ifindex)
             && let Err(error) = wiring::unwire(&interface).await
         {

@@ -293,6 +293,22 @@ impl Node {
         }
     }
 
+    /// Ends the agent, which finishes what it is at.
+    pub fn stop_agent(&mut self) {
+        if let Some(pid) = self.agent_pid().and_then(|pid| i32::try_from(pid).ok()) {
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM);
+            let end = Instant::now() + Duration::from_secs(10);
+            while let Some(agent) = &mut self.agent
+                && matches!(agent.try_wait(), Ok(None))
+                && Instant::now() < end
+            {
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+        self.kill_agent();
+    }
+
     /// What the agent has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("agent.log")).unwrap_or_default()
@@ -450,7 +466,7 @@ fn run_plugin(mut command: Command, conf: &Value) -> Result<Said> {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        self.kill_agent();
+        self.stop_agent();
         let _ = self.eniway(&["detach", "--config", &self.path("agent.toml").display().to_string()]);
         let _ = fs::remove_dir_all(self.pin_dir());
         let _ = fs::remove_dir_all(&self.dir);
