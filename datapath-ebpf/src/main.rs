@@ -22,6 +22,10 @@ mod eni_xdp;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
+mod nic_egress;
+#[cfg(target_arch = "bpf")]
+mod nic_ingress;
+#[cfg(target_arch = "bpf")]
 mod pod_egress;
 #[cfg(target_arch = "bpf")]
 mod pod_ingress;

@@ -83,8 +83,8 @@ pub struct Config {
     pub log: String,
     /// Where the pods are read from.
     pub source: Source,
-    /// The parent ENIs.
-    #[serde(rename = "parent")]
+    /// The parent ENIs; none on a node whose pods have ENIs of their own.
+    #[serde(default, rename = "parent")]
     pub parents: Vec<Parent>,
     /// What the node's own stack serves.
     #[serde(default)]
@@ -316,9 +316,6 @@ impl Config {
         if self.observe && self.fast_path != FastPath::All {
             let name = self.fast_path.name();
             return says("observe", format!("works with `fast_path = \"all\"`, not with \"{name}\""));
-        }
-        if self.parents.is_empty() {
-            return says("parent", "at least one [[parent]] is needed".to_owned());
         }
         if self.parents.len() > MAX_PARENTS as usize {
             return says("parent", format!("{} given, at most {MAX_PARENTS} work", self.parents.len()));

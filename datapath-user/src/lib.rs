@@ -5,19 +5,24 @@
 //! [`detach`] takes everything down again. [`cli`] shows what runs.
 
 pub mod agent;
+mod api;
 pub mod attach;
+pub mod attachment;
 pub mod cli;
 pub mod config;
 pub mod detach;
 mod error;
 pub mod ethtool;
 pub mod feature;
+pub mod grace;
 pub mod ipam;
+pub mod kept;
 pub mod live;
 pub mod lock;
 pub mod net;
 pub mod netlink;
 pub mod netns;
+pub mod nic;
 pub mod object;
 pub mod pin;
 pub mod policy;

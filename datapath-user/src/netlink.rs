@@ -13,7 +13,7 @@ use rtnetlink::{
     packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
-        address::AddressAttribute,
+        address::{AddressAttribute, AddressScope},
         link::{
             InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State as OperState,
         },
@@ -52,6 +52,11 @@ pub enum NetlinkError {
 }
 
 impl NetlinkError {
+    /// Whether the kernel said this.
+    pub fn is(&self, code: i32) -> bool {
+        self.code() == Some(code)
+    }
+
     fn code(&self) -> Option<i32> {
         match self {
             Self::Request { source, .. } => source.raw_os_error(),
@@ -325,6 +330,41 @@ impl Netlink {
             .map_err(|error| refused(format!("give interface {} {}", link.name, what.join(" and ")), error))
     }
 
+    /// Moves an interface to another namespace, where it gets another name. It arrives down, without addresses.
+    pub async fn move_link(&self, link: &Link, namespace: impl AsFd, name: &str) -> Result<(), NetlinkError> {
+        self.set_down(link).await?;
+        let message = LinkUnspec::new_with_index(link.index)
+            .name(name.to_owned())
+            .setns_by_fd(namespace.as_fd().as_raw_fd())
+            .build();
+        let what = format!("move interface {} to another namespace as {name}", link.name);
+        self.handle.link().change(message).execute().await.map_err(|error| refused(what, error))
+    }
+
+    /// Sets an interface down.
+    pub async fn set_down(&self, link: &Link) -> Result<(), NetlinkError> {
+        let message = LinkUnspec::new_with_index(link.index).down().build();
+        let what = format!("set interface {} down", link.name);
+        self.handle.link().change(message).execute().await.map_err(|error| refused(what, error))
+    }
+
+    /// Gives an interface another name. It has to be down, on kernels before 6.4.
+    pub async fn rename(&self, link: &Link, name: &str) -> Result<(), NetlinkError> {
+        let message = LinkUnspec::new_with_index(link.index).name(name.to_owned()).build();
+        let what = format!("call interface {} {name}", link.name);
+        self.handle.link().change(message).execute().await.map_err(|error| refused(what, error))
+    }
+
+    /// Whether an interface has an IPv4 address, or an IPv6 address beyond its link.
+    pub async fn has_addresses(&self, link: &Link) -> Result<bool, NetlinkError> {
+        let request = self.handle.address().get().set_link_index_filter(link.index);
+        let messages: Vec<_> =
+            request.execute().try_collect().await.map_err(|error| refused("list the addresses", error))?;
+        Ok(messages.iter().any(|message| {
+            message.header.family == AddressFamily::Inet || message.header.scope == AddressScope::Universe
+        }))
+    }
+
     /// How this namespace numbers another one; `None` = it has no number yet, so no interface here ends there.
     pub async fn namespace_id(&self, namespace: impl AsFd) -> Result<Option<i32>, NetlinkError> {
         let mut message = NsidMessage::default();
@@ -429,6 +469,25 @@ impl Netlink {
             .protocol(PROTOCOL)
             .build();
         let what = format!("add the default route by {gateway} and {} to table {table}", link.name);
+        self.add_route(route, existing, what).await
+    }
+
+    /// Adds a route by a gateway that need not be in any subnet of the link.
+    pub async fn add_gateway_route(
+        &self,
+        destination: Ipv4Net,
+        gateway: Ipv4Addr,
+        link: &Link,
+        existing: Existing,
+    ) -> Result<(), NetlinkError> {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(destination.network(), destination.prefix_len())
+            .gateway(gateway)
+            .output_interface(link.index)
+            .onlink()
+            .protocol(PROTOCOL)
+            .build();
+        let what = format!("add the route to {destination} by {gateway} and {}", link.name);
         self.add_route(route, existing, what).await
     }
 

@@ -120,9 +120,31 @@ impl Namespace {
         })
     }
 
-    fn run_here<T>(&self, work: impl AsyncFnOnce() -> T) -> Result<T, NetnsError> {
+    /// Runs `work` inside the namespace, on a thread of its own, and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered.
+    pub fn enter_for<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                self.enter()?;
+                Ok(work())
+            });
+            thread.join().unwrap_or_else(|_| {
+                Err(NetnsError::Thread { path: self.path.clone(), source: io::Error::other("it panicked") })
+            })
+        })
+    }
+
+    /// Enters with the calling thread.
+    fn enter(&self) -> Result<(), NetnsError> {
         setns(&self.file, CloneFlags::CLONE_NEWNET)
-            .map_err(|errno| NetnsError::Enter { path: self.path.clone(), source: errno.into() })?;
+            .map_err(|errno| NetnsError::Enter { path: self.path.clone(), source: errno.into() })
+    }
+
+    fn run_here<T>(&self, work: impl AsyncFnOnce() -> T) -> Result<T, NetnsError> {
+        self.enter()?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()

@@ -24,6 +24,10 @@ pub mod program {
     pub const ENI_INGRESS: &str = "eni_ingress";
     /// tc egress on a parent ENI.
     pub const ENI_EGRESS: &str = "eni_egress";
+    /// tc ingress on an exclusive ENI, inside its pod.
+    pub const NIC_INGRESS: &str = "nic_ingress";
+    /// tc egress on an exclusive ENI, inside its pod.
+    pub const NIC_EGRESS: &str = "nic_egress";
     /// tc ingress on the host side of a pod's veth: what the pod sends.
     pub const POD_EGRESS: &str = "pod_egress";
     /// tc egress on the host side of a pod's veth: what the host's stack sends to the pod.

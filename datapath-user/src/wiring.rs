@@ -34,6 +34,7 @@ use datapath_common::abi::maps::SERVICE_MARK;
 use ipnet::Ipv4Net;
 
 use crate::{
+    attachment::{Extras, Route},
     ethtool::{self, EthtoolError, Offload},
     net::{InterfaceName, Mac},
     netlink::{
@@ -169,6 +170,8 @@ pub struct PodSpec {
     pub mtu: u16,
     /// Name of the parent ENI.
     pub parent: String,
+    /// What else is set up in the pod.
+    pub extras: Extras,
 }
 
 /// A wired pod.
@@ -275,6 +278,23 @@ async fn wire_pod(
     if namespace.same_as(&Namespace::current()?) {
         return Err(WiringError::HostNetwork(path.to_path_buf()));
     }
+    if named.is_none() {
+        // Nearly always the pair is one that we made, or there is none yet: both are seen from this side, and the pod's
+        // namespace is entered once only.
+        match netlink.find_link(&host_interface_name(&spec.owner_key, &spec.interface)).await? {
+            Some(host) => {
+                if adopt(netlink, spec, &namespace, &host).await? {
+                    return Ok((host, true));
+                }
+            }
+            None => match add_pair(netlink, spec, &namespace).await {
+                Ok(host) => return finish_pair(netlink, spec, &namespace, host).await,
+                // The pod has an interface of that name: whose it is, is to be seen.
+                Err(WiringError::Netlink(error)) if error.is(libc::EEXIST) => {}
+                Err(error) => return Err(error),
+            },
+        }
+    }
     if let Some(host) = find_pair(netlink, spec, &namespace, named).await? {
         let by_us = is_own_name(&host.name);
         wire_pod_side(spec, &namespace, if by_us { Existing::Replace } else { Existing::Keep }).await?;
@@ -290,7 +310,43 @@ async fn wire_pod(
         });
     }
     let host = make_pair(netlink, spec, &namespace).await?;
-    match wire_pod_side(spec, &namespace, Existing::Replace).await {
+    finish_pair(netlink, spec, &namespace, host).await
+}
+
+/// Sets up the pod's side of a pair, when that is the other end of this host side. Returns whether it is.
+async fn adopt(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    namespace: &Namespace,
+    host: &Link,
+) -> Result<bool, WiringError> {
+    let is_there = host.peer_namespace.is_some()
+        && host.peer_namespace == netlink.namespace_id(namespace).await?
+        && host.alias.as_ref() == Some(&alias(spec));
+    if !host.veth || !is_there {
+        return Ok(false);
+    }
+    let (spec, host) = (spec.clone(), host.clone());
+    in_pod(namespace, async move || {
+        let netlink = Netlink::open()?;
+        let Some(inside) = netlink.find_link(&spec.interface).await? else { return Ok(false) };
+        let is_its_end = inside.veth && inside.peer == Some(host.index) && host.peer == Some(inside.index);
+        if !is_its_end || inside.mac != Some(spec.mac) {
+            return Ok(false);
+        }
+        set_up_inside(&netlink, &spec, &inside, Existing::Replace).await?;
+        Ok(true)
+    })
+    .await
+}
+
+async fn finish_pair(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    namespace: &Namespace,
+    host: Link,
+) -> Result<(Link, bool), WiringError> {
+    match wire_pod_side(spec, namespace, Existing::Replace).await {
         Ok(()) => Ok((host, false)),
         Err(error) => {
             // Half a pod helps nobody, and the next attempt would take it for one to adopt.
@@ -354,6 +410,11 @@ async fn make_pair(netlink: &Netlink, spec: &PodSpec, namespace: &Namespace) -> 
             _ => netlink.delete_link(&stale).await?,
         }
     }
+    add_pair(netlink, spec, namespace).await
+}
+
+async fn add_pair(netlink: &Netlink, spec: &PodSpec, namespace: &Namespace) -> Result<Link, WiringError> {
+    let name = host_interface_name(&spec.owner_key, &spec.interface);
     let here = VethEnd { name: &name, mac: spec.gateway_mac };
     let there = VethEnd { name: &spec.interface, mac: spec.mac };
     netlink.add_veth(here, there, namespace, u32::from(spec.mtu)).await?;
@@ -382,22 +443,54 @@ async fn in_pod<T: Send + 'static>(
         .map_err(|source| WiringError::InPod { netns: namespace.path().to_path_buf(), source: source.into() })
 }
 
-async fn wire_pod_side(spec: &PodSpec, namespace: &Namespace, existing: Existing) -> Result<(), WiringError> {
+pub(crate) async fn wire_pod_side(
+    spec: &PodSpec,
+    namespace: &Namespace,
+    existing: Existing,
+) -> Result<(), WiringError> {
     let spec = spec.clone();
     in_pod(namespace, async move || {
         let netlink = Netlink::open()?;
-        let lo = netlink.link("lo").await?;
-        netlink.change_link(&lo, LinkChange { up: true, ..LinkChange::default() }).await?;
-        ethtool::set(&spec.interface, Offload::Gro, true)?;
         let link = netlink.link(&spec.interface).await?;
-        netlink.add_address(&link, spec.ipv4.into()).await?;
-        let change = LinkChange { mtu: Some(u32::from(spec.mtu)), up: true, ..LinkChange::default() };
-        netlink.change_link(&link, change).await?;
-        netlink.set_neighbour(&link, spec.gateway, spec.gateway_mac).await?;
-        netlink.add_link_route(spec.gateway.into(), &link, existing).await?;
-        Ok(netlink.add_default_route(spec.gateway, &link, MAIN, existing).await?)
+        set_up_inside(&netlink, &spec, &link, existing).await
     })
     .await
+}
+
+async fn set_up_inside(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    link: &Link,
+    existing: Existing,
+) -> Result<(), WiringError> {
+    let lo = netlink.link("lo").await?;
+    netlink.change_link(&lo, LinkChange { up: true, ..LinkChange::default() }).await?;
+    ethtool::set(&spec.interface, Offload::Gro, true)?;
+    // Its addresses and routes are given; whoever sends router advertisements is not to add others.
+    sysctl::set(&["ipv6", "conf", &spec.interface, "accept_ra"], "0")?;
+    netlink.add_address(link, spec.ipv4.into()).await?;
+    let change = LinkChange { mtu: Some(u32::from(spec.mtu)), up: true, ..LinkChange::default() };
+    netlink.change_link(link, change).await?;
+    netlink.set_neighbour(link, spec.gateway, spec.gateway_mac).await?;
+    netlink.add_link_route(spec.gateway.into(), link, existing).await?;
+    netlink.add_default_route(spec.gateway, link, MAIN, existing).await?;
+    set_up_extras(netlink, spec, link, existing).await
+}
+
+async fn set_up_extras(
+    netlink: &Netlink,
+    spec: &PodSpec,
+    link: &Link,
+    existing: Existing,
+) -> Result<(), WiringError> {
+    for Route { destination, gateway } in &spec.extras.routes {
+        netlink.add_gateway_route(*destination, gateway.unwrap_or(spec.gateway), link, existing).await?;
+    }
+    for (key, value) in &spec.extras.sysctls {
+        let parts: Vec<&str> = key.iter().map(String::as_str).collect();
+        sysctl::set(&parts, value)?;
+    }
+    Ok(())
 }
 
 async fn wire_host_side(netlink: &Netlink, spec: &PodSpec, host: &Link) -> Result<(), WiringError> {
@@ -456,6 +549,64 @@ async fn wait_for_carrier(spec: &PodSpec, namespace: &Namespace) -> Result<(), W
         Ok(())
     })
     .await
+}
+
+/// Why a pod's interface is not as it was set up.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// It cannot be looked at.
+    #[error(transparent)]
+    Wiring(#[from] WiringError),
+    /// It is another than it should be.
+    #[error("interface {interface} in {} {what}", netns.display())]
+    Differs {
+        /// The interface.
+        interface: String,
+        /// The pod's namespace.
+        netns: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+}
+
+/// Looks whether a pod's side is as [`wire`] left it; changes nothing.
+pub async fn verify(spec: &PodSpec) -> Result<(), VerifyError> {
+    let Some(path) = &spec.netns else { return Ok(()) };
+    let namespace = Namespace::open(path).map_err(WiringError::from)?;
+    let wanted = spec.clone();
+    let what = in_pod(&namespace, async move || differences(&wanted).await).await?;
+    match what {
+        None => Ok(()),
+        Some(what) => {
+            Err(VerifyError::Differs { interface: spec.interface.clone(), netns: path.clone(), what })
+        }
+    }
+}
+
+async fn differences(spec: &PodSpec) -> Result<Option<String>, WiringError> {
+    let netlink = Netlink::open()?;
+    let Some(link) = netlink.find_link(&spec.interface).await? else {
+        return Ok(Some("does not exist".to_owned()));
+    };
+    if link.mac != Some(spec.mac) {
+        return Ok(Some(format!("has MAC {}, not {}", mac(&link.mac), Mac(spec.mac))));
+    }
+    if !link.up {
+        return Ok(Some("is down".to_owned()));
+    }
+    if link.mtu != u32::from(spec.mtu) {
+        return Ok(Some(format!("has MTU {}, not {}", link.mtu, spec.mtu)));
+    }
+    if !netlink.addresses().await?.contains(&spec.ipv4.into()) {
+        return Ok(Some(format!("lacks the address {}", spec.ipv4)));
+    }
+    let default = |route: &DefaultRoute| {
+        route.table == MAIN && route.output == link.index && route.gateway == Some(spec.gateway)
+    };
+    if !netlink.own_default_routes().await?.iter().any(default) {
+        return Ok(Some(format!("lacks the default route by {}", spec.gateway)));
+    }
+    Ok(None)
 }
 
 fn set_all(settings: &[(sysctl::Key<'_>, &str)]) -> Result<(), SysctlError> {
@@ -679,6 +830,7 @@ mod tests {
             gateway_mac: MAC_OF_GATEWAY,
             mtu: 1450,
             parent: "eth1".to_owned(),
+            extras: Extras::default(),
         }
     }
 

@@ -9,3 +9,4 @@ pub mod equivalence;
 pub mod faults;
 pub mod lab;
 pub mod programs;
+pub mod runtime;

@@ -64,14 +64,32 @@ pub enum Hook {
     PodEgress,
     /// tc egress of a pod's host side.
     PodIngress,
+    /// tc ingress of an exclusive ENI in its pod.
+    NicIngress,
+    /// tc egress of an exclusive ENI in its pod.
+    NicEgress,
 }
 
 impl Hook {
-    /// All five.
-    pub const ALL: [Self; 5] =
-        [Self::EniXdp, Self::EniIngress, Self::EniEgress, Self::PodEgress, Self::PodIngress];
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::EniXdp,
+        Self::EniIngress,
+        Self::EniEgress,
+        Self::PodEgress,
+        Self::PodIngress,
+        Self::NicIngress,
+        Self::NicEgress,
+    ];
     /// Those at tc.
-    pub const TC: [Self; 4] = [Self::EniIngress, Self::EniEgress, Self::PodEgress, Self::PodIngress];
+    pub const TC: [Self; 6] = [
+        Self::EniIngress,
+        Self::EniEgress,
+        Self::PodEgress,
+        Self::PodIngress,
+        Self::NicIngress,
+        Self::NicEgress,
+    ];
 
     /// The program's name.
     pub const fn name(self) -> &'static str {
@@ -81,6 +99,8 @@ impl Hook {
             Self::EniEgress => program::ENI_EGRESS,
             Self::PodEgress => program::POD_EGRESS,
             Self::PodIngress => program::POD_INGRESS,
+            Self::NicIngress => program::NIC_INGRESS,
+            Self::NicEgress => program::NIC_EGRESS,
         }
     }
 }

@@ -15,7 +15,7 @@ use datapath_common::{
         Admitted, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin, Outcome, PairKey,
         endpoint::flag, maps::SERVICE_MARK, outcome::Kind, policy::State,
     },
-    decide::{Decision, eni_egress, eni_ingress, pod_egress, pod_ingress},
+    decide::{Decision, eni_egress, eni_ingress, nic, pod_egress, pod_ingress},
     packet::{
         ipv4::{self, Part},
         link::{TPID_8021AD, TPID_8021Q, Tag},
@@ -190,7 +190,7 @@ fn valid(dice: &mut Dice) -> Case {
             let dst = remote(dice);
             between(dice, src, dst).macs(NODE_MAC, GATEWAY_MAC)
         }
-        Hook::PodEgress => {
+        Hook::PodEgress | Hook::NicEgress => {
             let packet = match dice.below(12) {
                 0 => Packet::arp(1, pod.mac, pod.ipv4, dice.of(&[GATEWAY, other])),
                 1 => Packet::ipv6(dice.of(&[6, 58]), &[133, 0, 0, 0, 0, 0, 0, 0]),
@@ -198,7 +198,7 @@ fn valid(dice: &mut Dice) -> Case {
             };
             packet.macs(pod.mac, GATEWAY_MAC)
         }
-        Hook::PodIngress => {
+        Hook::PodIngress | Hook::NicIngress => {
             let packet = if dice.one_in(10) {
                 Packet::arp(1, NODE_MAC, NODE, pod.ipv4)
             } else {
@@ -315,6 +315,8 @@ fn expect(constants: Constants, node: &MemoryTables, case: &Case) -> Expected {
         Hook::EniEgress => eni_egress::decide(node, bytes, tag),
         Hook::PodEgress => pod_egress::decide(node, bytes, tag, ifindex, gso_size),
         Hook::PodIngress => pod_ingress::decide(node, bytes, tag, ifindex),
+        Hook::NicIngress => nic::ingress(node, ifindex),
+        Hook::NicEgress => nic::egress(node, bytes, tag, ifindex),
     };
     let mut left = frame.clone();
     let mut mark = 0;
@@ -342,6 +344,9 @@ fn expect(constants: Constants, node: &MemoryTables, case: &Case) -> Expected {
             (if here { tc::NEXT } else { tc::REDIRECT }, Some(Direction::Egress))
         }
         (Hook::EniEgress, _) => (tc::NEXT, None),
+        (Hook::NicIngress, Outcome::Wire) => (tc::NEXT, Some(Direction::Ingress)),
+        (Hook::NicEgress, Outcome::Wire | Outcome::WireArp) => (tc::NEXT, Some(Direction::Egress)),
+        (Hook::NicEgress, _) => (tc::SHOT, Some(Direction::Egress)),
         (Hook::PodEgress, outcome) => {
             let action = match (outcome, decision.pod, decision.to) {
                 (Outcome::Wire, Some(pod), _) => {
@@ -370,7 +375,7 @@ fn expect(constants: Constants, node: &MemoryTables, case: &Case) -> Expected {
             (action, Some(Direction::Egress))
         }
         (Hook::PodIngress, Outcome::Host) => (tc::NEXT, Some(Direction::Ingress)),
-        (Hook::EniIngress | Hook::PodIngress, _) => (tc::SHOT, Some(Direction::Ingress)),
+        (Hook::EniIngress | Hook::PodIngress | Hook::NicIngress, _) => (tc::SHOT, Some(Direction::Ingress)),
     };
     let mut counts = Counts::new();
     if let Some(direction) = direction {

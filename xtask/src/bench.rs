@@ -24,6 +24,8 @@ pub(crate) enum Bench {
     Ipam,
     /// What security groups cost on the fast path; by the clock.
     Policy,
+    /// Pods' coming, the agent's memory and its start; by the clock.
+    Lifecycle,
     /// Each kernel program on one packet over and over, beside one that does nothing.
     Programs,
     /// Traffic between pods over eniway, and over what one would run instead.
@@ -48,14 +50,12 @@ pub(crate) fn run(
     args: &[String],
 ) -> Result<()> {
     match (bench, engine) {
-        (Bench::Ipam, Some(Engine::Counted)) => {
-            bail!("the allocator is measured by the clock, with files and sockets; leave --engine out")
+        (Bench::Ipam | Bench::Policy | Bench::Lifecycle, Some(Engine::Counted)) => {
+            bail!("this is measured by the clock; leave --engine out")
         }
         (Bench::Ipam, _) => ipam(report),
-        (Bench::Policy, Some(Engine::Counted)) => {
-            bail!("what security groups cost is measured by the clock; leave --engine out")
-        }
         (Bench::Policy, _) => policy(report),
+        (Bench::Lifecycle, _) => lifecycle(report),
         // Each run takes as many instructions as the one before; the medians keep the timer's interrupts out.
         (Bench::Programs, None | Some(Engine::Counted)) => {
             let few = ["--rounds", "7", "--repeat", "500"].map(String::from);
@@ -102,7 +102,7 @@ fn wall(name: &str, args: &[String], report: Option<&Path>) -> Result<()> {
 /// Builds programs for speed and says where they are.
 fn release(programs: &[&str]) -> Result<PathBuf> {
     cmd::step("build for speed", || {
-        let packages = ["--package", "datapath-user", "--package", crates::LAB];
+        let packages = ["--package", "datapath-user", "--package", PLUGIN, "--package", crates::LAB];
         let mut build = cmd::cargo(&["build", "--locked", "--release"]);
         build.args(packages).args(programs.iter().flat_map(|program| ["--bin", program]));
         cmd::run(&mut build)
@@ -167,6 +167,18 @@ fn policy(report: Option<&Path>) -> Result<()> {
     cmd::step("the kernel programs", || cmd::run(&mut packets))
 }
 
+fn lifecycle(report: Option<&Path>) -> Result<()> {
+    lab::need_root("the benchmark")?;
+    setup::run(Scope::Tests)?;
+    let bin = release(&["eniway", PLUGIN, "eniway-bench-lifecycle"])?;
+    let mut bench = Command::new(bin.join("eniway-bench-lifecycle"));
+    bench.env("ENIWAY_BIN", bin.join("eniway"));
+    if let Some(report) = report {
+        bench.arg("--report").arg(report);
+    }
+    cmd::step("pods, the agent's memory and its start", || cmd::run(&mut bench))
+}
+
 /// Builds a crate's benchmark for speed.
 fn example(package: &str, name: &str) -> Result<()> {
     cmd::step(&format!("build the benchmark of {package} for speed"), || {
@@ -204,5 +216,6 @@ fn ipam(report: Option<&Path>) -> Result<()> {
     cmd::step("kills of allocators and agents", || cmd::run(&mut program("eniway-bench-faults")))
 }
 
+const PLUGIN: &str = "eniway-cni";
 const COMPILER: &str = "eniway-policy";
 const ALLOCATOR: &str = "eniway-ipam";

@@ -120,8 +120,12 @@ fn machine() -> Vec<Finding> {
             "not held: run as root, in a container with this capability added",
         ));
     }
-    for tool in
-        needs::LAB_TOOLS.into_iter().chain(needs::TEST_TOOLS).chain(needs::VM_TOOLS).chain(needs::BENCH_TOOLS)
+    for tool in needs::LAB_TOOLS
+        .into_iter()
+        .chain(needs::TEST_TOOLS)
+        .chain(needs::RUNTIME_TOOLS)
+        .chain(needs::VM_TOOLS)
+        .chain(needs::BENCH_TOOLS)
     {
         findings.push(required(
             tool.program,

@@ -43,6 +43,8 @@ pub(crate) fn build() -> Result<()> {
             "--package",
             "datapath-user",
             "--package",
+            "eniway-cni",
+            "--package",
             crates::LAB,
             "--bins",
         ]))

@@ -69,6 +69,16 @@ pub(crate) const VM_TOOLS: [Tool; 2] = [
 pub(crate) const BENCH_TOOLS: [Tool; 1] =
     [tool("iptables-legacy-restore", "iptables", "kube-proxy's rules, in benchmarks")];
 
+/// The programs that the tests and the benchmark of the CNI plugin run.
+pub(crate) const RUNTIME_TOOLS: [Tool; 6] = [
+    tool("containerd", "containerd", "runs pods in the tests of the CNI plugin"),
+    tool("runc", "runc", "runs containerd's containers"),
+    tool("busybox", "busybox-static", "is what runs in those pods"),
+    tool("ptp", "containernetworking-plugins", "other plugins of the chain, and those to compare with"),
+    tool("iptables", "iptables", "ports of the node, by the plugin portmap"),
+    tool("unshare", "util-linux", "gives ctr the directories that it looks for plugins in"),
+];
+
 /// Something a scope needs and the machine lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Lack {
@@ -103,6 +113,9 @@ pub(crate) fn lacks(scope: Scope) -> Vec<Lack> {
     if matches!(scope, Scope::HostTests | Scope::Tests | Scope::All) {
         lacks.extend(TEST_TOOLS.into_iter().filter(missing).map(Lack::Tool));
     }
+    if matches!(scope, Scope::Tests | Scope::All) {
+        lacks.extend(RUNTIME_TOOLS.into_iter().filter(missing).map(Lack::Tool));
+    }
     if matches!(scope, Scope::Tests | Scope::Bench | Scope::All) {
         lacks.extend(VM_TOOLS.into_iter().filter(missing).map(Lack::Tool));
     }
@@ -133,10 +146,14 @@ pub(crate) fn bpffs_mounted() -> bool {
     })
 }
 
-/// A program, also when `PATH` lacks the directories of the system's programs.
+/// A program, also when `PATH` lacks the directories of the system's programs, and those where CNI plugins are.
 pub(crate) fn find_tool(program: &str) -> Option<PathBuf> {
-    let system =
-        || ["/usr/sbin", "/sbin"].iter().map(|dir| Path::new(dir).join(program)).find(|p| p.is_file());
+    let system = || {
+        ["/usr/sbin", "/sbin", "/usr/lib/cni"]
+            .iter()
+            .map(|dir| Path::new(dir).join(program))
+            .find(|p| p.is_file())
+    };
     find_in_path(program).or_else(system)
 }
 

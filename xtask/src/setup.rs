@@ -161,6 +161,10 @@ fn install_packages(packages: &BTreeSet<&str>) -> Result<()> {
                 disable_service(service)?;
             }
         }
+        // It has no init script.
+        if packages.contains("containerd") && find_in_path("systemctl").is_some() {
+            cmd::run(Command::new("systemctl").args(["disable", "--quiet", "containerd.service"]))?;
+        }
         drop(guard);
         installed
     })

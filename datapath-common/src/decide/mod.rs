@@ -11,6 +11,7 @@
 pub mod door;
 pub mod eni_egress;
 pub mod eni_ingress;
+pub mod nic;
 pub mod pod_egress;
 pub mod pod_ingress;
 pub mod policy;

@@ -98,7 +98,11 @@ fn size<F: Frame + ?Sized>(frame: &F, link_len: usize, ip: &Ipv4, gso_size: u32)
 
 /// What leaves a pod carries no tag and the pod's MAC.
 #[inline(always)]
-fn own_link<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, tag: Option<Tag>) -> Result<Link, Outcome> {
+pub(super) fn own_link<F: Frame + ?Sized>(
+    pod: &Endpoint,
+    frame: &F,
+    tag: Option<Tag>,
+) -> Result<Link, Outcome> {
     let link = match link::parse(frame, tag) {
         Ok(link) => link,
         Err(Outcome::DoubleTag) => return Err(Outcome::TaggedByPod),
@@ -115,7 +119,7 @@ fn own_link<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, tag: Option<Tag>) -> R
 
 /// The sender is the pod; an address probe (RFC 5227) has no address yet. The gateway is answered for.
 #[inline(always)]
-fn speak_arp(pod: &Endpoint, arp: &Arp) -> Outcome {
+pub(super) fn speak_arp(pod: &Endpoint, arp: &Arp) -> Outcome {
     let requests = arp.operation == arp::REQUEST;
     let own = same(arp.sender, pod.ipv4) || requests && same(arp.sender, [0; 4]);
     if !own || !same_mac(arp.sender_mac, pod.mac) {
@@ -129,7 +133,7 @@ fn speak_arp(pod: &Endpoint, arp: &Arp) -> Outcome {
 
 /// The source is the pod, and it says nothing that only a router or a server may say.
 #[inline(always)]
-fn own_ipv4<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, link: &Link) -> Result<Ipv4, Outcome> {
+pub(super) fn own_ipv4<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, link: &Link) -> Result<Ipv4, Outcome> {
     let ip = ipv4::parse(frame, link.header_len)?;
     match refused(pod, &ip) {
         Some(reason) => Err(reason),

@@ -3,6 +3,8 @@
 //! It starts by finding out whether it can run at all, and changes nothing until it knows. It finds its state in the
 //! kernel and applies differences. It ends without undoing anything.
 
+pub(crate) mod asks;
+mod exclusive;
 mod parent;
 mod policy;
 
@@ -23,24 +25,31 @@ use datapath_common::abi::{
 use eniway_ipam::{
     PodKey,
     api::RefusedByAgent,
-    rpc::{ClientError, Tls},
+    rpc::{ClientError, LocalSocket, ServeError, Tls},
 };
+use futures_util::{StreamExt as _, stream};
 use ipnet::Ipv4Net;
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::{self, MissedTickBehavior},
 };
 
-use self::{parent::Parent, policy::Policy};
+use self::{asks::Waiter, exclusive::is_exclusive, parent::Parent, policy::Policy};
 use crate::{
+    api::{self, Backing},
     attach::{self, AttachError, Target},
+    attachment::Attachment,
     config::{self, Config, Metadata, Source, Xdp},
     detach,
     feature::{self, FeatureError, TcKind},
+    grace::Grace,
     ipam::{IpamError, TlsFiles},
+    kept::{Kept, KeptError},
     lock::{self, Lock, LockError},
     net,
     netlink::{self, NetlinkError},
+    netns::NetnsError,
+    nic::{Nic, NicError},
     object::{self, Constants, ObjectError, program},
     pin::{Hook, PinError, Pins},
     reconcile::{self, Plan},
@@ -67,6 +76,8 @@ const SETTINGS_TICKS: u64 = 15;
 const SETTLE: Duration = Duration::from_millis(30);
 /// How long a single run waits for the allocator.
 const FIRST_WORD: Duration = Duration::from_secs(10);
+/// So many pods are wired at once: most of the time goes by in their namespaces, on threads of their own.
+const WIRED_AT_ONCE: usize = 8;
 /// Writing the status may take this share of the time: with thousands of pods it takes longer than most changes do.
 const STATUS_SHARE: u32 = 20;
 
@@ -100,6 +111,9 @@ pub enum AgentError {
     /// The BPF file system.
     #[error(transparent)]
     Pin(#[from] PinError),
+    /// A pod's namespace.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
     /// The programs.
     #[error(transparent)]
     Object(#[from] ObjectError),
@@ -118,6 +132,15 @@ pub enum AgentError {
     /// The status file.
     #[error(transparent)]
     Status(#[from] StatusError),
+    /// A pod's own ENI.
+    #[error(transparent)]
+    Nic(Box<NicError>),
+    /// What is kept between two agents.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
+    /// The socket for the CNI plugin.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// Signals.
     #[error("cannot wait for signals: {0}")]
     Signal(io::Error),
@@ -162,6 +185,8 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
     if until == Until::Applied {
         return agent.completeness();
     }
+    let socket = LocalSocket::bind(&agent.config.run_dir.join(eniway_agent_api::SOCKET))?;
+    let (server, mut asks) = api::serve(socket, agent.source.backing(), &agent.config.node);
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // What is new goes to the status file once that is due, after everybody who waits for an answer has it.
@@ -178,14 +203,19 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
                 }
             },
             _ = ticks.tick() => agent.tick().await,
+            Some(ask) = asks.recv() => agent.ask(ask).await,
             () = sleep_until(report_due) => {
                 agent.report();
                 report_due = None;
                 continue;
             }
         }
+        agent.answer_waiters();
         report_due.get_or_insert(agent.next_report);
     }
+    // With the socket's file gone, the plugin says at once that the agent is away.
+    server.abort();
+    let _ = server.await;
     agent.report();
     log::info!("stopped; {} pods keep their network", agent.tables.pods().count());
     Ok(())
@@ -221,6 +251,8 @@ async fn sleep_until(time: Option<Instant>) {
 struct Held {
     id: String,
     desired: Rc<Desired>,
+    /// What the file said, if it is of one.
+    document: Option<Snapshot>,
     /// The revision at which it came to say what it says.
     told: u64,
 }
@@ -244,6 +276,14 @@ impl Feed {
                 Self::Allocator(AllocatorSource::embed(path, &config.node, parents()).await?)
             }
         })
+    }
+
+    /// Where interfaces for new pods come from.
+    fn backing(&self) -> Backing {
+        match self {
+            Self::File(_) => Backing::File,
+            Self::Allocator(allocator) => Backing::Allocator(allocator.allocator()),
+        }
     }
 
     /// What the allocator tells, or none as a hint that the file may be another one.
@@ -271,12 +311,22 @@ struct Agent {
     config: Config,
     pins: Pins,
     kind: TcKind,
+    grace: Rc<Grace>,
     tables: Tables,
     policy: Policy,
     /// The object whose pod programs are attached.
     pods: Ebpf,
     parents: Vec<Parent>,
     source: Feed,
+    /// The file's document in force.
+    document: Option<Snapshot>,
+    /// What runtimes asked for.
+    attachments: Kept<Attachment>,
+    /// ENIs that are in pods, by owner.
+    nics: Kept<Nic>,
+    /// Interface indexes of ENIs in pods that were given or checked since the start, by owner.
+    nic_indexes: BTreeMap<u64, u32>,
+    waiters: Vec<Waiter>,
     /// What shall be: the snapshot in force, with the changes since.
     desired: Option<Rc<Desired>>,
     held: Option<Held>,
@@ -320,13 +370,16 @@ impl Agent {
         pins.check_layouts(&config.limits)?;
         let locks = [run_lock, pin_lock];
 
-        let started = Self::attach(config, kind, pins.clone(), addresses, source, locks);
+        let grace = Rc::new(Grace::new(&config.run_dir));
+        let short = grace.expedite();
+        let started = Self::attach(config, kind, Rc::clone(&grace), pins.clone(), addresses, source, locks);
         let mut agent = started.inspect_err(|_| {
             // Where nothing was, nothing is left.
             if fresh && let Err(error) = pins.remove_all() {
                 log::error!("{error}");
             }
         })?;
+        drop(short);
         agent.take(first).await;
         if until == Until::Applied {
             agent.hear_first().await;
@@ -352,6 +405,7 @@ impl Agent {
     fn attach(
         config: Config,
         kind: TcKind,
+        grace: Rc<Grace>,
         pins: Pins,
         addresses: Vec<IpAddr>,
         source: Feed,
@@ -364,6 +418,8 @@ impl Agent {
         let mut pods = object::open(constants, &config.limits, Some(&pins))?;
         object::tc(&mut pods, program::POD_EGRESS)?;
         object::tc(&mut pods, program::POD_INGRESS)?;
+        object::tc(&mut pods, program::NIC_INGRESS)?;
+        object::tc(&mut pods, program::NIC_EGRESS)?;
         let mut tables = Tables::new(Maps::open(&pins)?)?;
         let indexes = parent::numbers(&ifindexes, tables.pods());
         let parents = config
@@ -386,15 +442,23 @@ impl Agent {
             pods: Status::read(&config.run_dir).map(|status| status.pods).unwrap_or_default(),
             ..Status::default()
         };
+        let attachments = Kept::load(&config.run_dir, "attachments")?;
+        let nics = Kept::load(&config.run_dir, "enis")?;
         let mut agent = Self {
             config,
             pins,
             kind,
+            grace,
             tables,
             policy: Policy::default(),
             pods,
             parents,
             source,
+            document: None,
+            attachments,
+            nics,
+            nic_indexes: BTreeMap::new(),
+            waiters: Vec::new(),
             desired: None,
             held: None,
             unreadable: false,
@@ -433,14 +497,21 @@ impl Agent {
         let known: Vec<Live> = self.tables.pods().copied().collect();
         for pod in known {
             let ifindex = pod.record.ifindex;
-            let Some(interface) = net::ifname(ifindex) else { continue };
-            if let Err(error) = self.attach_pod(&interface, ifindex) {
+            let attached = if is_exclusive(&pod.record) {
+                self.attach_nic(pod.record.owner, ifindex)
+            } else {
+                let Some(interface) = net::ifname(ifindex) else { continue };
+                self.attach_pod(&interface, ifindex)
+            };
+            if let Err(error) = attached {
                 log::error!("{error}");
             }
         }
     }
 
     fn attach_pod(&mut self, interface: &str, ifindex: u32) -> Result<(), AgentError> {
+        let grace = Rc::clone(&self.grace);
+        let _short = grace.expedite();
         let target = Target { interface, ifindex };
         for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
             let program = object::tc(&mut self.pods, name)?;
@@ -497,8 +568,9 @@ impl Agent {
     async fn hear(&mut self, told: Told) {
         let confirmed = match told {
             Told::Away(error) => return self.source_is_away(error),
-            Told::Snapshot { desired, confirmed } => {
+            Told::Snapshot { mut desired, confirmed } => {
                 self.source_is_well();
+                desired.adjust(|pod| self.adjust(pod));
                 self.offer(Rc::new(desired)).await;
                 confirmed
             }
@@ -559,7 +631,8 @@ impl Agent {
             desired.revision = revision;
             for change in changes {
                 match change {
-                    Change::Put(pod) => {
+                    Change::Put(mut pod) => {
+                        self.adjust(&mut pod);
                         touched.insert(pod.owner());
                         freed |= !pod.is_wanted();
                         desired.put(*pod);
@@ -626,7 +699,12 @@ impl Agent {
             }
             Ok(Some(snapshot)) => {
                 self.source_is_well();
-                self.offer(Rc::new(snapshot.into())).await;
+                let desired = self.with_attachments(snapshot.clone());
+                let before = self.document.replace(snapshot);
+                self.offer(Rc::new(desired)).await;
+                if let Some(held) = &mut self.held {
+                    held.document = std::mem::replace(&mut self.document, before);
+                }
             }
             Err(error) => {
                 self.unreadable = matches!(error, SourceError::Read { .. });
@@ -680,7 +758,7 @@ impl Agent {
             self.status.held_back = Some(why);
             self.status.held_back_id = Some(id.clone());
             let told = desired.revision;
-            self.held = Some(Held { id, desired, told });
+            self.held = Some(Held { id, desired, document: None, told });
             return;
         }
         self.apply(desired).await;
@@ -705,7 +783,14 @@ impl Agent {
         match self.held.take_if(|held| held.id == id.trim()) {
             Some(held) => {
                 log::info!("confirmed by the operator");
-                self.apply(held.desired).await;
+                let desired = match held.document {
+                    Some(document) => {
+                        self.document = Some(document.clone());
+                        Rc::new(self.with_attachments(document))
+                    }
+                    None => held.desired,
+                };
+                self.apply(desired).await;
                 self.acknowledge();
             }
             None => log::warn!("a confirmation came for a snapshot that is not held back any more"),
@@ -727,7 +812,8 @@ impl Agent {
     /// Records of all pods, or of those of some owners, that shall be in the tables.
     fn wanted(&self, desired: &Desired, scope: Option<&BTreeSet<u64>>) -> BTreeMap<u64, Endpoint> {
         let record = |(owner, pod): (u64, &Pod)| {
-            let parent = self.parents.iter().find(|parent| parent.config.interface == pod.parent)?;
+            let Some(parent) = &pod.parent else { return Some((owner, pod.record(0, 0))) };
+            let parent = self.parents.iter().find(|known| known.config.interface == *parent)?;
             // While its parent is away a pod keeps the record it has.
             let ifindex =
                 parent.ifindex.or_else(|| self.tables.pod(owner).map(|live| live.record.parent_ifindex));
@@ -759,6 +845,19 @@ impl Agent {
                 Err(error) => log::error!("cannot remove pod {owner:016x}: {error}"),
             }
         }
+        for owner in self.wired_for_nothing(&desired, scope) {
+            let ifindex = self.wired.remove(&owner).and_then(|interface| net::ifindex(&interface));
+            if let Some(ifindex) = ifindex
+                && let Err(error) = self.take_down(ifindex).await
+            {
+                log::error!("cannot remove what was wired for pod {owner:016x}: {error}");
+            }
+        }
+        for owner in self.nics_for_nothing(&desired) {
+            if let Err(error) = self.take_nic_back(owner).await {
+                log::error!("cannot take the ENI of pod {owner:016x} back: {error}");
+            }
+        }
         if scope.is_none() {
             match self.sync_vips(&desired).and_then(|changes| Ok(changes + self.sync_host_dst()?)) {
                 Ok(changes) => operations += changes,
@@ -766,8 +865,10 @@ impl Agent {
             }
         }
         let prepared = |pod: &Pod| {
-            let parent = self.parents.iter().find(|parent| parent.config.interface == pod.parent);
-            parent.is_some_and(|parent| parent.is_prepared_for(pod))
+            pod.is_exclusive()
+                || self.parents.iter().any(|parent| {
+                    Some(&parent.config.interface) == pod.parent.as_ref() && parent.is_prepared_for(pod)
+                })
         };
         if scope.is_none() || !pods.values().filter(|pod| pod.is_wanted()).all(|pod| prepared(pod)) {
             self.prepare_parents(&desired).await;
@@ -775,11 +876,9 @@ impl Agent {
 
         // A pod that cannot be wired keeps what it has, which may be what another one is to get.
         let mut stuck = BTreeSet::new();
-        for owner in in_order(&desired, &plan) {
-            if let Err(error) = self.wire(owner, pods[&owner]).await {
-                self.faults.insert(owner, error.to_string());
-                stuck.insert(owner);
-            }
+        for (owner, error) in self.wire_all(&in_order(&desired, &plan), &pods).await {
+            self.faults.insert(owner, error.to_string());
+            stuck.insert(owner);
         }
         let plan = if stuck.is_empty() { plan } else { self.plan(&desired, scope, &stuck) };
         let wanted = self.wanted(&desired, scope);
@@ -824,12 +923,18 @@ impl Agent {
     async fn release(&mut self, owner: u64) -> Result<(), AgentError> {
         let Some(live) = self.tables.release(owner)? else { return Ok(()) };
         self.wired.remove(&owner);
+        self.closed.remove(&owner);
+        if is_exclusive(&live.record) {
+            self.take_nic_back(owner).await?;
+            return Ok(self.detach_pod(live.record.ifindex)?);
+        }
         self.take_down(live.record.ifindex).await
     }
 
     /// Removes a veth that the agent made, and only then its programs: without them it would be open to the host's
     /// stack.
     async fn take_down(&self, ifindex: u32) -> Result<(), AgentError> {
+        let _short = self.grace.expedite();
         if let Some(interface) = net::ifname(ifindex)
             && let Err(error) = wiring::unwire(&interface).await
         {
@@ -838,26 +943,47 @@ impl Agent {
         Ok(self.detach_pod(ifindex)?)
     }
 
-    /// Wires a pod, unless it was found wired since the start and its interface is still there.
-    async fn wire(&mut self, owner: u64, pod: &Pod) -> Result<(), WiringError> {
-        let record = self.tables.pod(owner).map(|live| live.record);
-        if let (Some(record), Some(interface)) = (record, self.wired.get(&owner))
-            && net::ifindex(interface) == Some(record.ifindex)
-            && record.mtu == pod.mtu
-            && record.mac == pod.mac.0
-            && record.gateway_mac == pod.gateway_mac.0
-            && record.ipv4 == pod.ipv4.octets()
-            && record.gateway_ipv4 == pod.gateway.octets()
-            && pod.host_interface.as_ref().is_none_or(|named| named.as_str() == interface)
-        {
-            return Ok(());
+    /// Wires pods, several at a time; answers with those that cannot be.
+    async fn wire_all(&mut self, owners: &[u64], pods: &BTreeMap<u64, &Pod>) -> Vec<(u64, AgentError)> {
+        let mut failed = Vec::new();
+        let mut specs = Vec::new();
+        for owner in owners {
+            let pod = pods[owner];
+            if pod.is_exclusive() {
+                if let Err(error) = self.wire_nic(*owner, pod).await {
+                    failed.push((*owner, error));
+                }
+            } else if !self.is_wired(*owner, pod) {
+                self.wired.remove(owner);
+                specs.push((*owner, pod_spec(pod)));
+            }
         }
-        self.wired.remove(&owner);
-        let wired = wiring::wire(&pod_spec(pod)).await?;
-        log::debug!("pod {} is wired by {}", pod.full_name(), wired.host_interface);
-        self.wired.insert(owner, wired.host_interface);
-        self.closed.insert(owner);
-        Ok(())
+        let wiring = specs.into_iter().map(|(owner, spec)| async move { (owner, wiring::wire(&spec).await) });
+        let mut wiring = stream::iter(wiring).buffer_unordered(WIRED_AT_ONCE);
+        while let Some((owner, wired)) = wiring.next().await {
+            match wired {
+                Ok(wired) => {
+                    log::debug!("pod {} is wired by {}", pods[&owner].full_name(), wired.host_interface);
+                    self.wired.insert(owner, wired.host_interface);
+                    self.closed.insert(owner);
+                }
+                Err(error) => failed.push((owner, error.into())),
+            }
+        }
+        failed
+    }
+
+    /// Whether a pod was found wired since the start, and its interface is still there.
+    fn is_wired(&self, owner: u64, pod: &Pod) -> bool {
+        let record = self.tables.pod(owner).map(|live| live.record);
+        matches!((record, self.wired.get(&owner)), (Some(record), Some(interface))
+            if net::ifindex(interface) == Some(record.ifindex)
+                && record.mtu == pod.mtu
+                && record.mac == pod.mac.0
+                && record.gateway_mac == pod.gateway_mac.0
+                && record.ipv4 == pod.ipv4.octets()
+                && record.gateway_ipv4 == pod.gateway.octets()
+                && pod.host_interface.as_ref().is_none_or(|named| named.as_str() == interface))
     }
 
     /// Attaches the programs of a wired pod, writes its record, and lets it speak. Returns how much changed.
@@ -867,6 +993,9 @@ impl Agent {
         record: &Endpoint,
         moving: &BTreeSet<u64>,
     ) -> Result<usize, AgentError> {
+        if pod.is_exclusive() {
+            return self.program_nic(record, moving);
+        }
         let owner = record.owner;
         // Wired a moment ago, or it would be stuck; if it went away since, the next check finds it.
         let Some(interface) = self.wired.get(&owner).cloned() else { return Ok(0) };
@@ -911,7 +1040,11 @@ impl Agent {
     fn lost_pods(&self) -> bool {
         self.tables.pods().any(|pod| {
             let ifindex = pod.record.ifindex;
-            net::ifname(ifindex).is_none() || !self.is_attached(ifindex)
+            let gone = match is_exclusive(&pod.record) {
+                true => !self.is_alive(ifindex),
+                false => net::ifname(ifindex).is_none(),
+            };
+            gone || !self.is_attached(ifindex)
         })
     }
 
@@ -995,15 +1128,22 @@ impl Agent {
         self.next_report = Instant::now() + began.elapsed() * STATUS_SHARE;
     }
 
+    fn host_interface_of(&self, owner: u64) -> Option<String> {
+        let record = self.tables.pod(owner)?.record;
+        if is_exclusive(&record) { None } else { net::ifname(record.ifindex) }
+    }
+
     fn pod_status(&self, owner: u64, pod: &Pod) -> PodStatus {
         let live = self.tables.pod(owner);
         let host_interface = self
             .wired
             .get(&owner)
             .cloned()
-            .or_else(|| live.and_then(|live| net::ifname(live.record.ifindex)))
+            .or_else(|| self.host_interface_of(owner))
             .or_else(|| pod.host_interface.as_ref().map(ToString::to_string));
-        let unattached = pod.vlan.is_none().then(|| "the source gives no VLAN id yet".to_owned());
+        let waiting = pod.is_waiting().then(|| "waits for the runtime to bring its sandbox".to_owned());
+        let lacks_vlan = pod.vlan.is_none() && !pod.is_exclusive();
+        let unattached = lacks_vlan.then(|| "the source gives no VLAN id yet".to_owned()).or(waiting);
         PodStatus {
             uid: pod.uid.clone(),
             namespace: pod.namespace.clone(),
@@ -1014,7 +1154,7 @@ impl Agent {
             host_interface,
             id: live.map(|live| live.record.id),
             slot: live.map(|live| live.slot),
-            parent: pod.parent.to_string(),
+            parent: pod.parent.as_ref().map(ToString::to_string).unwrap_or_default(),
             vlan: pod.vlan.map_or(0, net::VlanId::get),
             mac: pod.mac,
             ipv4: pod.ipv4,
@@ -1084,7 +1224,8 @@ fn host_dsts(host: &config::Host, addresses: &[IpAddr]) -> BTreeMap<Ipv4Net, u32
     all
 }
 
-fn pod_spec(pod: &Pod) -> PodSpec {
+/// How a pod is wired.
+pub(crate) fn pod_spec(pod: &Pod) -> PodSpec {
     PodSpec {
         owner_key: pod.container_id.clone(),
         netns: pod.netns.clone(),
@@ -1096,7 +1237,8 @@ fn pod_spec(pod: &Pod) -> PodSpec {
         gateway: pod.gateway,
         gateway_mac: pod.gateway_mac.0,
         mtu: pod.mtu,
-        parent: pod.parent.to_string(),
+        parent: pod.parent.as_ref().map(ToString::to_string).unwrap_or_default(),
+        extras: pod.extras.clone(),
     }
 }
 

@@ -171,7 +171,7 @@ impl Parent {
         }
         let mut gateways: Vec<_> = desired
             .pods()
-            .filter(|(_, pod)| pod.is_wanted() && pod.parent == self.config.interface)
+            .filter(|(_, pod)| pod.is_wanted() && pod.parent.as_ref() == Some(&self.config.interface))
             .map(|(_, pod)| gateway(pod))
             .collect();
         gateways.sort_unstable();
@@ -233,7 +233,11 @@ pub(super) fn ifindexes(config: &Config) -> Result<Vec<u32>, AgentError> {
 
 /// Numbers of the parents: those that live records know them by, else the lowest that no record uses.
 pub(super) fn numbers<'a>(ifindexes: &[u32], pods: impl Iterator<Item = &'a Live>) -> Vec<u16> {
-    let known: BTreeMap<u32, u16> = pods.map(|pod| (pod.record.parent_ifindex, pod.record.parent)).collect();
+    let known: BTreeMap<u32, u16> = pods
+        .map(|pod| (pod.record.parent_ifindex, pod.record.parent))
+        // Exclusive ENIs have no parent.
+        .filter(|(ifindex, _)| *ifindex != 0)
+        .collect();
     let mut taken: BTreeSet<u16> = known.values().copied().collect();
     let mut given = BTreeSet::new();
     let mut indexes: Vec<Option<u16>> = ifindexes

@@ -6,16 +6,20 @@
 use std::{path::Path, sync::Arc, thread, time::Duration};
 
 use eniway_ipam::{
-    Acknowledgement, AllocationChange, Notice, PodKey,
+    Acknowledgement, AllocationChange, Allocator, Notice, PodKey,
     api::{Allocation, RefusedByAgent},
     rpc::{Address, Client, ClientError, Event, Tls},
     vpc::Kind,
 };
 use eniway_policy::model::{GroupId, GroupList, Invalid, Membership};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot, watch},
+};
 
 use super::{Desired, Pod, Refused, State, owner_of, vlan_id};
 use crate::{
+    attachment::Extras,
     ipam::{self, IpamError},
     net::InterfaceName,
     wiring,
@@ -66,8 +70,18 @@ pub enum Change {
 /// A notice and the id of the store that it is of, or why there is none.
 type Heard = Result<(Notice, String), String>;
 
+/// Where to ask an allocator for interfaces.
+#[derive(Clone)]
+pub(crate) enum Allocators {
+    /// Elsewhere.
+    Remote(Client),
+    /// In this process, on a runtime of its own.
+    Embedded(Allocator, Handle),
+}
+
 /// The allocator, seen from the agent.
 pub struct AllocatorSource {
+    allocator: Allocators,
     told: mpsc::Receiver<Heard>,
     /// The store that the last notice was of.
     store: String,
@@ -88,6 +102,7 @@ impl AllocatorSource {
         parents: Vec<String>,
     ) -> Result<Self, ClientError> {
         let client = Client::new(address.clone(), tls)?;
+        let allocator = Allocators::Remote(client.clone());
         let mut follower = client.follow(node);
         let (tell, told) = mpsc::channel(WAITING);
         tokio::spawn(async move {
@@ -114,7 +129,7 @@ impl AllocatorSource {
                 }
             }
         });
-        Ok(Self { told, store: String::new(), acknowledged, parents: parents.into() })
+        Ok(Self { allocator, told, store: String::new(), acknowledged, parents: parents.into() })
     }
 
     /// Runs an allocator on a thread of its own, which ends with this value, and follows it.
@@ -136,8 +151,13 @@ impl AllocatorSource {
             runtime.block_on(embedded(config, node, started, tell, newest));
         };
         thread::Builder::new().name("ipam".to_owned()).spawn(run).map_err(IpamError::Runtime)?;
-        start.await.map_err(|_| IpamError::Died)??;
-        Ok(Self { told, store: String::new(), acknowledged, parents: parents.into() })
+        let allocator = start.await.map_err(|_| IpamError::Died)??;
+        Ok(Self { allocator, told, store: String::new(), acknowledged, parents: parents.into() })
+    }
+
+    /// Where to ask for interfaces.
+    pub(crate) fn allocator(&self) -> Allocators {
+        self.allocator.clone()
     }
 
     /// The next thing that the allocator says. May be dropped and called again without losing anything.
@@ -216,7 +236,7 @@ impl AllocatorSource {
 async fn embedded(
     config: ipam::Config,
     node: String,
-    started: oneshot::Sender<Result<(), IpamError>>,
+    started: oneshot::Sender<Result<Allocators, IpamError>>,
     tell: mpsc::Sender<Heard>,
     mut newest: watch::Receiver<Option<Acknowledgement>>,
 ) {
@@ -241,7 +261,7 @@ async fn embedded(
             }
         }
     };
-    let _ = started.send(Ok(()));
+    let _ = started.send(Ok(Allocators::Embedded(allocator.clone(), Handle::current())));
     let ended = async {
         tokio::select! {
             ((), ()) = async { tokio::join!(follow, acknowledge) } => {}
@@ -273,24 +293,29 @@ fn groups(ids: &[String]) -> Result<GroupList, String> {
 
 /// The agent's view of an allocation, or why there is none.
 fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
-    if allocation.kind == Kind::Eni {
-        return Err("a whole ENI; this agent programs sub-ENIs only".to_owned());
-    }
     let name = |what: &str, text: &str| {
         InterfaceName::new(text).ok_or_else(|| format!("{what}: `{text}` cannot be an interface's name"))
     };
     let interface = name("interface", &allocation.interface)?;
-    let parent = allocation.parent_interface.as_deref().ok_or_else(|| {
-        let id = allocation.parent.as_deref().unwrap_or("none");
-        format!(
-            "parent: the allocator does not know the interface of {id}; correct the node's settings there"
-        )
-    })?;
-    let parent = name("parent", parent)?;
+    let parent = match allocation.kind {
+        Kind::Eni => None,
+        Kind::SubEni => {
+            let parent = allocation.parent_interface.as_deref().ok_or_else(|| {
+                let id = allocation.parent.as_deref().unwrap_or("none");
+                format!(
+                    "parent: the allocator does not know the interface of {id}; correct the node's settings there"
+                )
+            })?;
+            Some(name("parent", parent)?)
+        }
+    };
     let netns = allocation.netns.as_ref().filter(|netns| !netns.is_empty()).map(Into::into);
     // Without a namespace somebody else wires the pod, and names the host's side as we would.
     let host_interface = match &netns {
         Some(_) => None,
+        None if parent.is_none() => {
+            return Err("netns: an ENI of its own can only be moved to a namespace".to_owned());
+        }
         None => Some(wiring::host_interface_name(&allocation.key.container_id, interface.as_str())),
     };
     // Without groups that can be read the VPC decides for the pod, which it does in any case on the wire.
@@ -321,6 +346,7 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         mtu: allocation.mtu,
         membership: Membership { groups, revision: 0 },
         fast_path: None,
+        extras: Extras::default(),
     };
     pod.check(parents).map_err(|(field, what)| format!("{field}: {what}"))?;
     Ok(pod)
@@ -370,6 +396,10 @@ mod tests {
         assert_eq!(wired.owner(), owner(&allocation().key));
         let lost = pod(&Allocation { vlan: -1, ..allocation() }, &parents).unwrap();
         assert!(!lost.is_wanted());
+        let own =
+            Allocation { kind: Kind::Eni, vlan: 0, parent: None, parent_interface: None, ..allocation() };
+        let own = pod(&own, &parents).unwrap();
+        assert!(own.is_exclusive() && own.is_wanted());
         let adopted = pod(&Allocation { netns: None, ..allocation() }, &parents).unwrap();
         let expected = wiring::host_interface_name("c", "eth0");
         assert_eq!(adopted.host_interface.map(|name| name.to_string()), Some(expected));
@@ -382,7 +412,7 @@ mod tests {
             (Allocation { vlan: 5000, ..allocation() }, "5000"),
             (Allocation { parent_interface: Some("eth7".to_owned()), ..allocation() }, "eth7"),
             (Allocation { parent_interface: None, ..allocation() }, "eni-1"),
-            (Allocation { kind: Kind::Eni, ..allocation() }, "whole ENI"),
+            (Allocation { kind: Kind::Eni, netns: None, ..allocation() }, "namespace"),
             (Allocation { gateway: [10, 2, 0, 1].into(), ..allocation() }, "10.2.0.1"),
         ] {
             let reason = pod(&wrong, &parents).unwrap_err();

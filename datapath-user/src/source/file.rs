@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 
 use super::{Pod, Snapshot, State, Vip, vlan_id};
 use crate::{
+    attachment::Extras,
     config::FastPath,
     net::{InterfaceName, Mac, VlanId},
 };
@@ -100,7 +101,8 @@ struct PodEntry {
     uid: String,
     namespace: String,
     name: String,
-    container_id: String,
+    #[serde(default)]
+    container_id: Option<String>,
     #[serde(default)]
     netns: Option<PathBuf>,
     #[serde(default)]
@@ -198,11 +200,18 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         StateEntry::Active => State::Active,
         StateEntry::Releasing => State::Releasing,
     };
+    if entry.container_id.is_none() && (entry.netns.is_some() || entry.host_interface.is_some()) {
+        return Err(Problem::new(
+            format!("{at}.container_id"),
+            "is missing; only a pod whose sandbox the runtime will bring has none, and then no `netns` and no \
+             `host_interface` either",
+        ));
+    }
     let pod = Pod {
         uid: entry.uid,
         namespace: entry.namespace,
         name: entry.name,
-        container_id: entry.container_id,
+        container_id: entry.container_id.unwrap_or_default(),
         netns: entry.netns,
         interface: entry
             .interface
@@ -211,7 +220,7 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         host_interface: entry.host_interface,
         state,
         generation: entry.generation,
-        parent: entry.parent,
+        parent: Some(entry.parent),
         vlan: entry.vlan,
         mac: entry.mac,
         wire_mac: entry.wire_mac.unwrap_or(entry.mac),
@@ -224,6 +233,7 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         mtu: entry.mtu,
         membership: Membership { groups: entry.security_groups, revision: entry.security_groups_revision },
         fast_path: entry.fast_path,
+        extras: Extras::default(),
     };
     pod.check(parents).map_err(|(field, what)| Problem::new(format!("{at}.{field}"), what))?;
     Ok(pod)
@@ -246,7 +256,8 @@ fn check_unique(pods: &[Pod]) -> Result<(), Problem> {
             continue;
         }
         if let Some(vlan) = pod.vlan {
-            let what = format_args!("VLAN {vlan} of {}", pod.parent);
+            let parent = pod.parent.as_ref().map_or("", InterfaceName::as_str);
+            let what = format_args!("VLAN {vlan} of {parent}");
             vlans.add(&at, ".vlan", (&pod.parent, vlan), what)?;
         }
         ipv4.add(&at, ".ipv4", pod.ipv4, pod.ipv4)?;
@@ -448,6 +459,8 @@ mod tests {
             ("netns", json!("x"), "pods[1].netns", "absolute"),
             ("interface", json!("a/b"), "pods[1].interface", "a/b"),
             ("uid", json!(""), "pods[1].uid", "empty"),
+            ("container_id", json!(""), "pods[1].container_id", "empty"),
+            ("container_id", json!(null), "pods[1].container_id", "missing"),
             ("mtu", json!(100), "pods[1].mtu", "576"),
             ("vlna", json!(1), "pods[1]", "vlna"),
         ] {
@@ -508,6 +521,16 @@ mod tests {
             let snapshot = read(&document(&[entry])).unwrap();
             assert!(!snapshot.pods[0].is_wanted());
         }
+    }
+
+    #[test]
+    fn a_pod_whose_sandbox_the_runtime_brings_waits() {
+        let mut entry = pod(2);
+        for field in ["container_id", "netns", "host_interface"] {
+            entry.as_object_mut().unwrap().remove(field);
+        }
+        let snapshot = read(&document(&[entry])).unwrap();
+        assert!(snapshot.pods[0].is_waiting() && !snapshot.pods[0].is_wanted());
     }
 
     #[test]

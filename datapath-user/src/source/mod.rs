@@ -15,6 +15,7 @@ use eniway_policy::model::{Groups, Membership};
 use ipnet::Ipv4Net;
 
 use crate::{
+    attachment::{Attachment, Extras},
     config::FastPath,
     net::{InterfaceName, Mac, VlanId},
 };
@@ -61,7 +62,7 @@ pub struct Pod {
     pub namespace: String,
     /// Kubernetes' name.
     pub name: String,
-    /// The runtime's id of the sandbox.
+    /// The runtime's id of the sandbox; empty while the pod waits for the runtime to bring one.
     pub container_id: String,
     /// The pod's network namespace, if the agent shall wire the pod.
     pub netns: Option<PathBuf>,
@@ -73,8 +74,8 @@ pub struct Pod {
     pub state: State,
     /// The allocator's generation of the allocation.
     pub generation: u32,
-    /// Interface of the parent ENI.
-    pub parent: InterfaceName,
+    /// Interface of the parent ENI; none = the pod has an ENI of its own.
+    pub parent: Option<InterfaceName>,
     /// VLAN id on the parent; none yet = the pod is listed, and not programmed.
     pub vlan: Option<VlanId>,
     /// MAC of the sub-ENI.
@@ -99,6 +100,8 @@ pub struct Pod {
     pub membership: Membership,
     /// What holds for it in place of the node's setting.
     pub fast_path: Option<FastPath>,
+    /// What the runtime wants besides.
+    pub extras: Extras,
 }
 
 impl Pod {
@@ -116,7 +119,8 @@ impl Pod {
             ("name", &self.name),
             ("container_id", &self.container_id),
         ] {
-            if value.is_empty() || value.contains('\0') {
+            let may_be_empty = field == "container_id" && self.is_waiting();
+            if value.is_empty() && !may_be_empty || value.contains('\0') {
                 return problem(field, "must not be empty, nor hold a zero byte".to_owned());
             }
         }
@@ -129,15 +133,13 @@ impl Pod {
                 "neither `netns` nor `host_interface` is given: one must say where the pod is".to_owned(),
             );
         }
-        if !parents.iter().any(|parent| parent.as_ref() == self.parent.as_str()) {
+        if let Some(own) = &self.parent
+            && !parents.iter().any(|parent| parent.as_ref() == own.as_str())
+        {
             let known: Vec<&str> = parents.iter().map(AsRef::as_ref).collect();
             return problem(
                 "parent",
-                format!(
-                    "`{}` is not a [[parent]] of the configuration, which has {}",
-                    self.parent,
-                    known.join(", ")
-                ),
+                format!("`{}` is not a [[parent]] of the configuration, which has {}", own, known.join(", ")),
             );
         }
         let usable = |address: Ipv4Addr| {
@@ -171,7 +173,23 @@ impl Pod {
 
     /// Whether it shall be in the tables.
     pub fn is_wanted(&self) -> bool {
-        self.state == State::Active && self.vlan.is_some()
+        self.state == State::Active && (self.vlan.is_some() || self.is_exclusive()) && !self.is_waiting()
+    }
+
+    /// Whether it has an ENI of its own, which is moved into it.
+    pub fn is_exclusive(&self) -> bool {
+        self.parent.is_none()
+    }
+
+    /// Whether the runtime has yet to bring its sandbox.
+    pub fn is_waiting(&self) -> bool {
+        self.container_id.is_empty() && self.netns.is_none() && self.host_interface.is_none()
+    }
+
+    /// Takes in what the runtime asked for. It can lower the MTU, not raise it: the subnet's is the most that works.
+    pub fn attach(&mut self, attachment: &Attachment) {
+        self.extras = attachment.extras.clone();
+        self.mtu = attachment.mtu.map_or(self.mtu, |mtu| mtu.min(self.mtu));
     }
 
     /// As users call it.
@@ -293,6 +311,11 @@ impl Desired {
         let place = self.pods.get(&owner).map_or(self.next, |(place, _)| *place);
         self.next += 1;
         self.pods.insert(owner, (place, pod));
+    }
+
+    /// Changes pods, but for what makes their owners.
+    pub fn adjust(&mut self, mut change: impl FnMut(&mut Pod)) {
+        self.pods.values_mut().for_each(|(_, pod)| change(pod));
     }
 
     /// Says of a pod that it cannot be as the source wants it.

@@ -137,14 +137,16 @@ impl std::fmt::Display for Index {
 }
 
 impl Index {
-    /// All keys by which a record is found.
+    /// All keys by which a record is found. That of an exclusive ENI, which has no VLAN id, is found by its interface
+    /// only: packets for its address are none of the node's.
     pub fn of(record: &Endpoint) -> impl Iterator<Item = Self> + use<> {
-        let ipv6 = (record.ipv6 != [0; 16]).then_some(Self::Ipv6(record.ipv6));
+        let on_parent = record.vid != 0;
+        let ipv6 = (on_parent && record.ipv6 != [0; 16]).then_some(Self::Ipv6(record.ipv6));
         [
             Some(Self::Interface(record.ifindex)),
-            Some(Self::Ipv4(record.ipv4)),
+            on_parent.then_some(Self::Ipv4(record.ipv4)),
             ipv6,
-            Some(Self::Vlan { parent: record.parent, vid: record.vid }),
+            on_parent.then_some(Self::Vlan { parent: record.parent, vid: record.vid }),
         ]
         .into_iter()
         .flatten()

@@ -8,9 +8,11 @@
 
 mod client;
 mod convert;
+mod local;
 mod server;
 
 pub use client::{Backoff, Client, ClientError, Event, Follower};
+pub use local::{LocalSocket, local_only};
 pub use server::{Listener, ServeError, serve};
 
 use std::{fmt, path::PathBuf, str::FromStr};

@@ -1,30 +1,25 @@
 //! The service.
 
 use std::{
-    fs, io,
+    io,
     net::SocketAddr,
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    pin::Pin,
     time::Duration,
 };
 
 use tokio::{
-    net::{TcpListener, UnixListener, UnixStream},
+    net::TcpListener,
     sync::{mpsc, watch},
     task::JoinSet,
 };
-use tokio_stream::{Stream, wrappers};
+use tokio_stream::wrappers;
 use tonic::{
     Request, Response, Status,
-    transport::{
-        Certificate, Identity, Server, ServerTlsConfig,
-        server::{Router, UdsConnectInfo},
-    },
+    transport::{Certificate, Identity, Server, ServerTlsConfig},
 };
 
 use super::{
-    MAX_MESSAGE, Tls, convert,
+    LocalSocket, MAX_MESSAGE, Tls, convert, local_only,
     proto::{self, ipam_server::IpamServer},
 };
 use crate::{
@@ -51,10 +46,10 @@ pub enum ServeError {
         source: io::Error,
     },
     /// Somebody else serves there.
-    #[error("another allocator serves on {}; stop it, or give this one another socket", .0.display())]
+    #[error("another server listens on {}; stop it, or give this one another socket", .0.display())]
     Taken(PathBuf),
     /// A file that is no socket.
-    #[error("{} is not a socket; remove it, or give the allocator another path", .0.display())]
+    #[error("{} is not a socket; remove it, or give the server another path", .0.display())]
     NoSocket(PathBuf),
     /// Certificate, key or authority.
     #[error("the certificates for {address} are not usable: {source}")]
@@ -81,22 +76,8 @@ pub struct Listener {
 }
 
 enum Kind {
-    Unix { listener: UnixListener, socket: Socket },
+    Unix(LocalSocket),
     Tcp { listener: TcpListener, tls: Tls },
-}
-
-/// The socket's file, removed in the end unless another server has put its own there.
-struct Socket {
-    path: PathBuf,
-    inode: u64,
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if fs::metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
 }
 
 impl Listener {
@@ -108,33 +89,7 @@ impl Listener {
     pub fn unix(path: impl AsRef<Path>) -> Result<Self, ServeError> {
         let path = path.as_ref();
         let address = format!("unix:{}", path.display());
-        let failed = |source| ServeError::Bind { address: address.clone(), source };
-        match fs::symlink_metadata(path) {
-            Ok(meta) if !meta.file_type().is_socket() => return Err(ServeError::NoSocket(path.to_owned())),
-            Ok(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
-                return Err(ServeError::Taken(path.to_owned()));
-            }
-            _ => {}
-        }
-        if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory).map_err(failed)?;
-        }
-        // Nobody finds the socket before it has its mode.
-        let mut draft = path.as_os_str().to_owned();
-        draft.push(format!(".{}", std::process::id()));
-        let draft = PathBuf::from(draft);
-        let _ = fs::remove_file(&draft);
-        let bound = UnixListener::bind(&draft).and_then(|listener| {
-            fs::set_permissions(&draft, fs::Permissions::from_mode(0o600))?;
-            let inode = fs::metadata(&draft)?.ino();
-            fs::rename(&draft, path)?;
-            Ok((listener, inode))
-        });
-        let (listener, inode) = bound.map_err(|source| {
-            let _ = fs::remove_file(&draft);
-            failed(source)
-        })?;
-        Ok(Self { address, kind: Kind::Unix { listener, socket: Socket { path: path.to_owned(), inode } } })
+        Ok(Self { address, kind: Kind::Unix(LocalSocket::bind(path)?) })
     }
 
     /// A TCP port, for clients that show a certificate.
@@ -181,11 +136,11 @@ pub async fn serve(
             let _ = ending.wait_for(|end| *end).await;
         };
         match kind {
-            Kind::Unix { listener, socket } => {
+            Kind::Unix(mut socket) => {
                 let router = server
                     .add_service(tonic::service::interceptor::InterceptedService::new(service, local_only));
                 servers.spawn(async move {
-                    let result = on_unix(router, listener, ended).await;
+                    let result = router.serve_with_incoming_shutdown(socket.incoming(), ended).await;
                     drop(socket);
                     result.map_err(|source| ServeError::Ended { address, source })
                 });
@@ -221,33 +176,6 @@ pub async fn serve(
     let _ = tokio::time::timeout(FAREWELL, farewell).await;
     servers.shutdown().await;
     Ok(())
-}
-
-async fn on_unix(
-    router: Router,
-    listener: UnixListener,
-    ended: impl Future<Output = ()>,
-) -> Result<(), tonic::transport::Error> {
-    let incoming: Pin<Box<dyn Stream<Item = io::Result<UnixStream>> + Send>> =
-        Box::pin(wrappers::UnixListenerStream::new(listener));
-    router.serve_with_incoming_shutdown(incoming, ended).await
-}
-
-/// The socket's mode keeps others out already; a socket that was passed on, or a mode that was changed, does not let them in.
-fn local_only(request: Request<()>) -> Result<Request<()>, Status> {
-    let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
-    match peer {
-        Some(peer) if peer.uid() == 0 || Some(peer.uid()) == own_uid() => Ok(request),
-        Some(peer) => Err(Status::permission_denied(format!(
-            "user {} may not use the allocator's socket; only root and the allocator's own user may",
-            peer.uid()
-        ))),
-        None => Err(Status::permission_denied("the kernel does not say who is asking")),
-    }
-}
-
-fn own_uid() -> Option<u32> {
-    fs::metadata("/proc/self").ok().map(|meta| meta.uid())
 }
 
 struct Service {

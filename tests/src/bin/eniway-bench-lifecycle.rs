@@ -1,0 +1,275 @@
+//! Measures what a pod's coming costs: `cargo xtask bench lifecycle`.
+//!
+//! ```text
+//!   namespace of the node:  agent with the allocator inside, eth1      sandboxes: a new network namespace for each pod
+//!   eniway-cni, and beside it Debian's ptp with host-local, in turn
+//! ```
+//!
+//! A time of an ADD begins when the plugin is started and ends when it has ended, as a runtime sees it. Both plugins get
+//! pods of their own in the same namespace of the node, one after the other in turn, then eight at a time in turn.
+//! A start of the agent begins with exec and ends when its service says that it would add pods and that a pod which was
+//! there before is forwarded for.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::Parser;
+use datapath_user::{
+    attach::{self, Target},
+    config::{FastPath, Limits, Xdp},
+    feature::TcKind,
+    grace::Grace,
+    net,
+    object::{self, Constants, program},
+    pin::{Hook, Pins},
+};
+use eniway_tests::{
+    lab::{Netns, NetnsGuard},
+    runtime::{Node, Said, Sandbox},
+};
+use serde_json::{Value, json};
+
+/// Pods of each plugin, one after another and at a time.
+const AT_A_TIME: usize = 8;
+/// Pods on the node when its memory is read.
+const FULL: usize = 256;
+const STARTS: usize = 10;
+const ATTACHMENTS: usize = 40;
+
+/// Measures pods' life: adding, memory, start
+#[derive(Parser)]
+struct Args {
+    /// Adds the figures to this JSON file
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Pods of each plugin and each way
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(8..=200))]
+    pods: u16,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let figures = measure(usize::from(args.pods))?;
+    println!("{}", serde_json::to_string_pretty(&figures)?);
+    if let Some(path) = &args.report {
+        let mut report: BTreeMap<String, Value> = match fs::read(path) {
+            Ok(text) => {
+                serde_json::from_slice(&text).with_context(|| format!("{} is no report", path.display()))?
+            }
+            Err(_) => BTreeMap::new(),
+        };
+        report.extend(figures);
+        fs::write(path, serde_json::to_string_pretty(&report)?)?;
+    }
+    Ok(())
+}
+
+fn measure(pods: usize) -> Result<BTreeMap<String, Value>> {
+    let mut figures = BTreeMap::new();
+    let mut note = |key: &str, value: Value| {
+        eprintln!("{key}: {value}");
+        figures.insert(key.to_owned(), value);
+    };
+    note("attach_ms", attachments()?);
+
+    let mut node = Node::new("lifecycle", 300)?;
+    node.start_agent()?;
+    let plugins = [Plugin::Ours, Plugin::Reference];
+    let mut stands = Vec::new();
+    let mut one = [Vec::new(), Vec::new()];
+    let mut eight = [Vec::new(), Vec::new()];
+    for number in 0..pods {
+        for (plugin, times) in plugins.iter().zip(&mut one) {
+            let stand = Stand::new(*plugin, number)?;
+            times.push(stand.add(&node)?);
+            stands.push(stand);
+        }
+    }
+    // The reference's pods of the first part go before the second, as ours do: both begin with as many as before.
+    let mut gone = [Vec::new(), Vec::new()];
+    for stand in stands.drain(..) {
+        gone[stand.plugin as usize].push(stand.del(&node)?);
+    }
+    for batch in 0..pods.div_ceil(AT_A_TIME) {
+        let numbers = batch * AT_A_TIME..pods.min((batch + 1) * AT_A_TIME);
+        for (plugin, times) in plugins.iter().zip(&mut eight) {
+            let new =
+                numbers.clone().map(|number| Stand::new(*plugin, number)).collect::<Result<Vec<_>>>()?;
+            let node = &node;
+            let measured: Vec<Result<f64>> = thread::scope(|scope| {
+                let adds: Vec<_> = new.iter().map(|stand| scope.spawn(|| stand.add(node))).collect();
+                adds.into_iter()
+                    .map(|add| add.join().unwrap_or_else(|_| Err(anyhow::anyhow!("it panicked"))))
+                    .collect()
+            });
+            for time in measured {
+                times.push(time?);
+            }
+            stands.extend(new);
+        }
+    }
+    let [ours, reference] = &mut one;
+    let [ours_8, reference_8] = &mut eight;
+    note(
+        "cni_add_ms",
+        json!({
+            "p50": percentile(ours, 50), "p99": percentile(ours, 99),
+            "p50_8": percentile(ours_8, 50), "p99_8": percentile(ours_8, 99),
+            "ptp_p50": percentile(reference, 50), "ptp_p99": percentile(reference, 99),
+            "ptp_p50_8": percentile(reference_8, 50), "ptp_p99_8": percentile(reference_8, 99),
+        }),
+    );
+    let [ours, reference] = &mut gone;
+    note("cni_del_ms", json!({ "p50": percentile(ours, 50), "ptp_p50": percentile(reference, 50) }));
+
+    stands.retain(|stand| stand.plugin == Plugin::Ours || stand.del(&node).is_err());
+    for number in stands.len()..FULL {
+        let stand = Stand::new(Plugin::Ours, number)?;
+        stand.add(&node)?;
+        stands.push(stand);
+    }
+    let pid = node.agent_pid().context("the agent has ended")?;
+    note("agent_rss_kib", json!(rss_kib(pid)?));
+    let mut times = Vec::new();
+    for _ in 0..STARTS {
+        node.kill_agent();
+        times.push(node.time_start(&stands[0].sandbox)?.as_secs_f64() * 1e3);
+    }
+    note("start_ms", json!(percentile(&mut times, 50)));
+    note("start_max_ms", json!(percentile(&mut times, 100)));
+    let pid = node.agent_pid().context("the agent has ended")?;
+    note("agent_restarted_rss_kib", json!(rss_kib(pid)?));
+    for stand in &stands {
+        stand.del(&node)?;
+    }
+    let left = node.traces()?;
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(figures)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Plugin {
+    Ours = 0,
+    Reference = 1,
+}
+
+/// A pod of one of the plugins.
+struct Stand {
+    plugin: Plugin,
+    sandbox: Sandbox,
+    _netns: NetnsGuard,
+}
+
+impl Stand {
+    fn new(plugin: Plugin, number: usize) -> Result<Self> {
+        let name = format!("ewr-life-{}-{number}", if plugin == Plugin::Ours { "a" } else { "b" });
+        let _ = std::process::Command::new("ip").args(["netns", "del", &name]).output();
+        let guard = NetnsGuard::create(&name)?;
+        let netns = guard.netns().path().display().to_string();
+        Ok(Self { plugin, sandbox: Sandbox { id: name.clone(), netns, pod: name }, _netns: guard })
+    }
+
+    fn run(&self, node: &Node, verb: &str) -> Result<Said> {
+        Ok(match self.plugin {
+            Plugin::Ours => node.plugin(verb, Some(&self.sandbox), json!({}))?,
+            Plugin::Reference => {
+                let conf = json!({
+                    "type": "ptp",
+                    "ipam": { "type": "host-local", "subnet": "10.99.0.0/16", "dataDir": node.path("host-local") }
+                });
+                let old = json!({ "cniVersion": "1.0.0" });
+                node.program(Path::new("/usr/lib/cni/ptp"), conf, verb, Some(&self.sandbox), old)?
+            }
+        })
+    }
+
+    /// In milliseconds.
+    fn timed(&self, node: &Node, verb: &str) -> Result<f64> {
+        let begin = Instant::now();
+        let said = self.run(node, verb)?;
+        let time = begin.elapsed().as_secs_f64() * 1e3;
+        ensure!(said.ok, "{verb}: {}", said.output);
+        Ok(time)
+    }
+
+    fn add(&self, node: &Node) -> Result<f64> {
+        self.timed(node, "ADD")
+    }
+
+    fn del(&self, node: &Node) -> Result<f64> {
+        self.timed(node, "DEL")
+    }
+}
+
+/// What attaching a pod's two programs takes, in each way: docs/adr/0008-wiring-cost.md.
+fn attachments() -> Result<Value> {
+    let guard = NetnsGuard::create("ewr-life-attach").or_else(|_| {
+        let _ = std::process::Command::new("ip").args(["netns", "del", "ewr-life-attach"]).output();
+        NetnsGuard::create("ewr-life-attach")
+    })?;
+    let dir = std::env::temp_dir().join("ewr-life-attach");
+    fs::create_dir_all(&dir)?;
+    let pins = Pins::new(Path::new("/sys/fs/bpf/ewr-life-attach"));
+    pins.prepare()?;
+    let result = guard.netns().run(|| attach_in(guard.netns(), &pins, &Grace::new(&dir)))?;
+    pins.remove_all()?;
+    fs::remove_dir_all(&dir)?;
+    result
+}
+
+fn attach_in(netns: &Netns, pins: &Pins, grace: &Grace) -> Result<Value> {
+    let constants = Constants { fast_path: FastPath::All, parent: 0, xdp: Xdp::Off };
+    let mut ebpf = object::open(constants, &Limits { endpoints: 16, flows: 1024 }, None)?;
+    let ways = [
+        ("tcx", TcKind::Tcx, false),
+        ("tcx_expedited", TcKind::Tcx, true),
+        ("clsact", TcKind::Clsact, false),
+    ];
+    let mut times = [const { Vec::new() }; 3];
+    for _ in 0..ATTACHMENTS {
+        for ((_, kind, short), times) in ways.iter().zip(&mut times) {
+            netns.exec(&["ip", "link", "add", "a0", "type", "veth", "peer", "name", "b0"])?;
+            let ifindex = net::ifindex("a0").context("the veth is gone")?;
+            let begin = Instant::now();
+            {
+                let _short = short.then(|| grace.expedite());
+                for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+                    let target = Target { interface: "a0", ifindex };
+                    let program = object::tc(&mut ebpf, name)?;
+                    attach::attach_tc(*kind, program, name, target, hook, &pins.pod_tc(ifindex, hook))?;
+                }
+            }
+            times.push(begin.elapsed().as_secs_f64() * 1e3);
+            netns.exec(&["ip", "link", "del", "a0"])?;
+            for hook in [Hook::In, Hook::Out] {
+                pins.remove(&pins.pod_tc(ifindex, hook))?;
+            }
+        }
+    }
+    Ok(ways
+        .iter()
+        .zip(&mut times)
+        .map(|((name, ..), times)| ((*name).to_owned(), percentile(times, 50)))
+        .collect())
+}
+
+/// Of times in milliseconds, rounded to microseconds.
+fn percentile(times: &mut [f64], percent: usize) -> Value {
+    times.sort_by(f64::total_cmp);
+    let index = (times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1;
+    json!((times[index] * 1e3).round() / 1e3)
+}
+
+fn rss_kib(pid: u32) -> Result<u64> {
+    // What was freed a moment ago may still be counted.
+    thread::sleep(Duration::from_secs(1));
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
