@@ -70,6 +70,12 @@ pub(crate) fn run(
     }
 }
 
+/// Makes tables and charts of a report.
+pub(crate) fn draw(report: &Path, dir: &Path) -> Result<()> {
+    let mut draw = Command::new(lab::bin_dir()?.join("eniway-bench"));
+    cmd::output(draw.arg("--read").arg(report).arg("--plot").arg(dir)).map(drop)
+}
+
 /// Open vSwitch, for virtual machines only: its kernel module is not on every machine.
 const OVS: &str = "openvswitch-switch";
 const OVS_FILES: [&str; 5] = [
@@ -90,6 +96,7 @@ const LIMIT: Duration = Duration::from_secs(3600);
 fn wall(name: &str, args: &[String], report: Option<&Path>) -> Result<()> {
     lab::need_root("the benchmark")?;
     setup::run(Scope::Bench)?;
+    lab::build()?;
     let bin = release(&["eniway", name])?;
     let mut program = Command::new(bin.join(name));
     program.args(args).env("ENIWAY_BIN", bin.join("eniway"));

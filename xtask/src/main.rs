@@ -81,6 +81,9 @@ enum Task {
         /// Write the figures to this JSON file.
         #[arg(long, value_name = "FILE")]
         report: Option<PathBuf>,
+        /// Write tables and charts into this directory (paths only).
+        #[arg(long, value_name = "DIR", requires = "report")]
+        plot: Option<PathBuf>,
         /// For the benchmark's own program: cases, `--systems`; `--help` lists them.
         #[arg(last = true)]
         args: Vec<String>,
@@ -100,8 +103,10 @@ fn main() -> ExitCode {
             test::equivalence(test::Cases { seed, rule_sets })
         }
         Task::Test { group, kernels, filter, .. } => test::run(group, &kernels, &filter),
-        Task::Bench { what, engine, kernel, report, args } => {
-            bench::run(what, engine, &kernel, report.as_deref(), &args).map(|()| true)
+        Task::Bench { what, engine, kernel, report, plot, args } => {
+            let measured = bench::run(what, engine, &kernel, report.as_deref(), &args);
+            let drawn = report.zip(plot).map_or(Ok(()), |(report, plot)| bench::draw(&report, &plot));
+            measured.and(drawn).map(|()| true)
         }
         Task::Check => check::run().map(|()| true),
     };

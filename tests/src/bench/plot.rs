@@ -15,19 +15,16 @@ const LONGEST: f64 = 480.0;
 const OURS: RGBColor = RGBColor(0x1f, 0x6f, 0xb4);
 const OTHERS: RGBColor = RGBColor(0xb0, 0xb8, 0xc0);
 
-/// Writes `<engine>-<place>-<load>.svg` for each case into a directory, and says which.
+/// Writes a chart of each case into a directory, by the names that the report's tables give them.
 ///
 /// # Errors
 ///
 /// When a file cannot be written.
-pub fn write(report: &Report, dir: &Path) -> Result<Vec<String>, Box<dyn Error>> {
-    let mut names = Vec::new();
+pub fn write(report: &Report, dir: &Path) -> Result<(), Box<dyn Error>> {
     for case in report.cases() {
-        let name = format!("{}-{}.svg", report.engine, case.replace('/', "-"));
-        chart(&dir.join(&name), case, &report.kernel, &report.of(case))?;
-        names.push(name);
+        chart(&dir.join(report.chart(case)), case, &report.kernel, &report.of(case))?;
     }
-    Ok(names)
+    Ok(())
 }
 
 fn chart(path: &Path, case: &str, kernel: &str, runs: &[&Run]) -> Result<(), Box<dyn Error>> {

@@ -136,6 +136,29 @@ impl Report {
         runs
     }
 
+    /// Engine and kernel, as files are called: `counted-6.12`.
+    pub fn name(&self) -> String {
+        let version: Vec<_> = self.kernel.split('.').take(2).collect();
+        format!("{}-{}", self.engine, version.join("."))
+    }
+
+    /// The file of a case's chart.
+    pub fn chart(&self, case: &str) -> String {
+        format!("{}-{}.svg", self.name(), case.replace('/', "-"))
+    }
+
+    /// A document with the tables and the charts.
+    pub fn document(&self) -> String {
+        let mut text = format!("# {}, kernel {}\n", self.engine, self.kernel);
+        text.push_str("\n[What the columns mean](README.md)\n");
+        text.push_str(&self.markdown());
+        text.push('\n');
+        for case in self.cases() {
+            let _ = writeln!(text, "![{case}]({})", self.chart(case));
+        }
+        text
+    }
+
     /// Tables in Markdown, a case each.
     pub fn markdown(&self) -> String {
         let mut text = String::new();

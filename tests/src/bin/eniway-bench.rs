@@ -23,12 +23,12 @@ struct Options {
     /// Write all figures as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Write a chart of each case into this directory.
+    /// Write tables and a chart of each case into this directory.
     #[arg(long, value_name = "DIR")]
     plot: Option<PathBuf>,
-    /// Measure nothing: take the figures of a report.
+    /// Measure nothing: take the figures of a report, or of several of one engine and kernel.
     #[arg(long, value_name = "FILE")]
-    read: Option<PathBuf>,
+    read: Vec<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -41,13 +41,7 @@ enum Engine {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    let report = match &options.read {
-        Some(path) => {
-            let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-            serde_json::from_str(&text).with_context(|| path.display().to_string())?
-        }
-        None => measure(&options)?,
-    };
+    let report = if options.read.is_empty() { measure(&options)? } else { read(&options.read)? };
     if let Some(path) = &options.report {
         let text = serde_json::to_string_pretty(&report)? + "\n";
         fs::write(path, text).with_context(|| path.display().to_string())?;
@@ -55,10 +49,37 @@ fn main() -> Result<()> {
     if let Some(dir) = &options.plot {
         fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         plot::write(&report, dir).map_err(|error| anyhow::anyhow!("{}: {error}", dir.display()))?;
+        let path = dir.join(format!("{}.md", report.name()));
+        fs::write(&path, report.document()).with_context(|| path.display().to_string())?;
     }
     println!("kernel {}, {}\n{}", report.kernel, report.engine, report.markdown());
-    ensure!(report.void.is_empty(), "void, the control pair differed: {}", report.void.join(", "));
+    let void = options.read.is_empty() && !report.void.is_empty();
+    ensure!(!void, "void, the control pair differed: {}", report.void.join(", "));
     Ok(())
+}
+
+fn read(paths: &[PathBuf]) -> Result<Report> {
+    let mut all: Option<Report> = None;
+    for path in paths {
+        let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        let report: Report = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        match &mut all {
+            Some(all) => {
+                ensure!(
+                    all.name() == report.name(),
+                    "{}: {}, not {}",
+                    path.display(),
+                    report.name(),
+                    all.name()
+                );
+                all.runs.extend(report.runs);
+                all.ratios.extend(report.ratios);
+                all.void.extend(report.void);
+            }
+            None => all = Some(report),
+        }
+    }
+    all.context("no report")
 }
 
 fn measure(options: &Options) -> Result<Report> {

@@ -82,12 +82,28 @@ pub(crate) fn cache() -> Result<PathBuf> {
 
 /// Boots, runs everything, and hands each line of the guest's output to `line`.
 pub(crate) fn boot(job: &Job<'_>, mut line: impl FnMut(&str)) -> Result<Vec<Ran>> {
-    let dir = cache()?.join(format!("run-{}-{}", job.kernel.version, std::process::id()));
+    let cache = cache()?;
+    remove_leftovers(&cache);
+    let dir = cache.join(format!("{RUN}{}-{}", job.kernel.version, std::process::id()));
     fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
     let done = boot_in(&dir, job, &mut line);
     // Hundreds of megabytes that nobody needs any more.
     let _ = fs::remove_dir_all(&dir);
     done
+}
+
+/// How the directories of machines begin; they end with the number of the process that the machine belongs to.
+const RUN: &str = "run-";
+
+/// Removes what processes left behind that were killed.
+fn remove_leftovers(cache: &Path) {
+    for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name.strip_prefix(RUN).and_then(|rest| rest.rsplit('-').next());
+        if process.is_some_and(|id| !Path::new("/proc").join(id).exists()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 fn boot_in(dir: &Path, job: &Job<'_>, line: &mut impl FnMut(&str)) -> Result<Vec<Ran>> {
@@ -98,7 +114,7 @@ fn boot_in(dir: &Path, job: &Job<'_>, line: &mut impl FnMut(&str)) -> Result<Vec
     let mut qemu = qemu::command(job.kernel, &initramfs, &report)?;
     let made = start.elapsed();
     output::watch(&mut qemu, job.limit, line)?;
-    let (ran, files) = read_report(&report)?;
+    let Guest { ran, files } = read_report(&report)?;
     for (path, text) in files {
         if job.back.contains(&path) {
             fs::write(&path, text).with_context(|| path.display().to_string())?;
@@ -174,8 +190,15 @@ fn build_image(to: &Path, scratch: &Path, job: &Job<'_>) -> Result<()> {
     image.finish()
 }
 
-/// What the guest reported: a line of JSON for each run, then for each file that it hands back.
-fn read_report(path: &Path) -> Result<(Vec<Ran>, Vec<(PathBuf, String)>)> {
+/// What the guest has said.
+struct Guest {
+    ran: Vec<Ran>,
+    /// Paths and contents.
+    files: Vec<(PathBuf, String)>,
+}
+
+/// Reads what the guest reported: a line of JSON for each run, then for each file that it hands back.
+fn read_report(path: &Path) -> Result<Guest> {
     let text = fs::read_to_string(path).unwrap_or_default();
     let (mut ran, mut files) = (Vec::new(), Vec::new());
     for line in text.lines() {
@@ -193,7 +216,7 @@ fn read_report(path: &Path) -> Result<(Vec<Ran>, Vec<(PathBuf, String)>)> {
             });
         }
     }
-    Ok((ran, files))
+    Ok(Guest { ran, files })
 }
 
 /// Runs a program to its end, quietly; what it printed is shown only when it fails.

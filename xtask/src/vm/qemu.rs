@@ -21,8 +21,10 @@ pub(super) fn command(kernel: &Kernel, initramfs: &Path, report: &Path) -> Resul
     // Five levels of page tables would only make each walk longer.
     qemu.args(["-machine", "pc", "-cpu", "max,la57=off", "-m", "2048"]);
     qemu.args(["-accel", "tcg,thread=single", "-smp", "1", "-icount", "shift=0,sleep=off"]);
+    // Seeds of hash tables and the place of the kernel decide what shares a bucket or a cache line.
+    qemu.args(["-seed", "1", "-rtc", "base=2026-01-01,clock=vm"]);
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
-    qemu.args(["-append", "console=ttyS0 loglevel=4 panic=-1 tsc=reliable"]);
+    qemu.args(["-append", "console=ttyS0 loglevel=4 panic=-1 tsc=reliable nokaslr"]);
     qemu.args(["-serial", "stdio", "-serial"]).arg(format!("file:{}", report.display()));
     Ok(qemu)
 }
