@@ -87,16 +87,11 @@ fn measure(args: &Args) -> Result<BTreeMap<String, Value>> {
     };
     note("sync_endpoints", json!(args.pods));
 
-    // Attaching programs to an interface waits for the kernel's RCU each time. How long that takes is the kernel's
-    // affair; the bench shows it for a few pods and hurries it for the rest.
     bench.start_agent()?;
     let few = 50.min(args.pods);
     let cold = bench.snapshot(few)?;
     note("sync_new_pod_ms", json!(round(cold / f64::from(few))));
-    let all = {
-        let _hurry = Expedited::new()?;
-        bench.snapshot(args.pods)?
-    };
+    let all = bench.snapshot(args.pods)?;
     note("sync_snapshot_cold_ms", json!(round(all)));
     bench.verify()?;
 
@@ -157,25 +152,6 @@ fn percentile(values: &mut [f64], percent: usize) -> f64 {
 
 fn ms(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
-}
-
-/// Makes the kernel's RCU hurry for as long as this lives.
-struct Expedited(String);
-
-impl Expedited {
-    const FILE: &str = "/sys/kernel/rcu_expedited";
-
-    fn new() -> Result<Self> {
-        let before = fs::read_to_string(Self::FILE).context(Self::FILE)?;
-        fs::write(Self::FILE, "1").context(Self::FILE)?;
-        Ok(Self(before))
-    }
-}
-
-impl Drop for Expedited {
-    fn drop(&mut self) {
-        let _ = fs::write(Self::FILE, &self.0);
-    }
 }
 
 struct Bench {
