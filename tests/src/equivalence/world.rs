@@ -192,7 +192,7 @@ pub fn change(vpc: &mut Vpc, state: &State, step: &Step) {
 
 /// Runs a case in both worlds, on nodes that know nothing yet. The same must arrive in both,
 /// except where a VPC without a fast path and one that has forgotten what it [cannot know](new_to_the_vpc) behind a fast path, and
-/// ends idle flows [early](EARLY), disagree: there either is right.
+/// ends idle flows early (`EARLY`), disagree: there either is right.
 ///
 /// # Errors
 ///
