@@ -186,6 +186,8 @@ pub struct Tables {
     live: BTreeMap<u64, Live>,
     slots: Places,
     ids: Places,
+    /// Addresses that were given up less than [`GRACE`] ago.
+    left: BTreeMap<[u8; 4], Instant>,
 }
 
 impl Tables {
@@ -203,7 +205,7 @@ impl Tables {
             ids.0[pod.record.id as usize] = Place::Taken;
             live.insert(pod.record.owner, pod);
         }
-        Ok(Self { maps, live, slots, ids })
+        Ok(Self { maps, live, slots, ids, left: BTreeMap::new() })
     }
 
     /// All pods, by owner.
@@ -276,6 +278,7 @@ impl Tables {
     }
 
     fn add(&mut self, record: &Endpoint) -> Result<Put, TablesError> {
+        self.renew(record.ipv4)?;
         let id = self.take_id()?;
         let slot = match self.take_slot() {
             Ok(slot) => slot,
@@ -303,6 +306,9 @@ impl Tables {
     }
 
     fn change(&mut self, old: Live, record: &Endpoint) -> Result<Put, TablesError> {
+        if old.record.ipv4 != record.ipv4 {
+            self.renew(record.ipv4)?;
+        }
         let slot = self.take_slot()?;
         let id = old.record.id;
         let record = Endpoint { id, ..*record };
@@ -324,7 +330,8 @@ impl Tables {
         self.live.insert(record.owner, Live { slot, record, missing: 0 });
         let removed = self.unpoint(&old)?;
         if old.record.ipv4 != record.ipv4 {
-            self.maps.forget_fragments_to(old.record.ipv4)?;
+            self.maps.forget_flows(id)?;
+            self.leave(old.record.ipv4)?;
         }
         self.slots.rest(old.slot);
         Ok(Put { id, slot, changes: changes + removed + 1 })
@@ -388,7 +395,7 @@ impl Tables {
         let Some(old) = self.live.get(&owner).copied() else { return Ok(None) };
         self.unpoint(&old)?;
         self.maps.forget(old.record.id)?;
-        self.maps.forget_fragments_to(old.record.ipv4)?;
+        self.leave(old.record.ipv4)?;
         self.live.remove(&owner);
         self.slots.rest(old.slot);
         self.ids.rest(old.record.id);
@@ -429,7 +436,23 @@ impl Tables {
             self.maps.forget(id)?;
             self.ids.0[id as usize] = Place::Free;
         }
+        self.left.retain(|_, since| since.elapsed() < GRACE);
         Ok(())
+    }
+
+    /// Forgets what other pods remember of an address that was given up.
+    fn leave(&mut self, address: [u8; 4]) -> Result<(), TablesError> {
+        self.left.insert(address, Instant::now());
+        self.maps.forget_remote(address)
+    }
+
+    /// The same before a pod gets an address: a program that was running may have remembered its last owner since, and an agent may
+    /// have been killed before it forgot.
+    fn renew(&mut self, address: [u8; 4]) -> Result<(), TablesError> {
+        if self.left.remove(&address).is_some_and(|since| since.elapsed() < GRACE) {
+            self.maps.policy.wait_for_programs();
+        }
+        self.maps.forget_remote(address)
     }
 
     fn clean_slot(&mut self, slot: u32) -> Result<(), TablesError> {
