@@ -594,13 +594,50 @@ mod tests {
         let key = |id| FlowKey { id, remote: [1; 4], remote_port: 1, local_port: 2, proto: 6, pad: [0; 3] };
         tables.maps.set_flow(&key(1), &flow).unwrap();
         tables.maps.set_flow(&key(2), &flow).unwrap();
+        // Another pod's flows with this one go with it.
+        let about = FlowKey { remote: record(1).ipv4, ..key(2) };
+        tables.maps.set_flow(&about, &flow).unwrap();
         let gone = tables.release(1).unwrap().unwrap();
+        assert_eq!(tables.maps.flow(&about).unwrap(), None);
         assert_eq!(gone.slot, 1);
         assert_eq!(indexed(&tables, &record(1)), [0, 0, 0]);
         assert_eq!(tables.maps.flow(&key(1)).unwrap(), None);
         assert_eq!(tables.maps.flow(&key(2)).unwrap(), Some(flow));
         assert!(!tables.maps.marked(1).unwrap());
         assert!(tables.release(1).unwrap().is_none());
+    }
+
+    #[test]
+    fn nobody_remembers_a_pod_that_is_new() {
+        let Some(mut tables) = tables(4) else { return };
+        let flow = Flow { door: 1, origin: 1, pad: [0; 2], seen: 0 };
+        let about = |n| FlowKey {
+            id: 2,
+            remote: record(n).ipv4,
+            remote_port: 1,
+            local_port: 2,
+            proto: 6,
+            pad: [0; 3],
+        };
+        let known =
+            |tables: &Tables| [1, 3].map(|n| tables.maps.flow(&about(n)).expect("it is read").is_some());
+        // As an agent leaves it that was killed while it released the pod.
+        tables.maps.set_flow(&about(1), &flow).unwrap();
+        tables.put(&record(1)).unwrap();
+        assert_eq!(known(&tables), [false; 2]);
+        // As a program does that was running then.
+        tables.release(1).unwrap();
+        tables.maps.set_flow(&about(1), &flow).unwrap();
+        tables.put(&record(1)).unwrap();
+        assert_eq!(known(&tables), [false; 2]);
+        // A pod that gets another address is another one to everybody, and forgets itself.
+        tables.maps.set_flow(&about(1), &flow).unwrap();
+        tables.maps.set_flow(&about(3), &flow).unwrap();
+        let own = FlowKey { id: tables.pod(1).unwrap().record.id, ..about(2) };
+        tables.maps.set_flow(&own, &flow).unwrap();
+        tables.put(&Endpoint { ipv4: record(3).ipv4, ..record(1) }).unwrap();
+        assert_eq!(known(&tables), [false; 2]);
+        assert_eq!(tables.maps.flow(&own).unwrap(), None);
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl Tables {
     }
 
     /// Whether a flow from a pod of class `from` to one of class `to` may begin with traffic `key`.
-    fn allows(&self, from: u32, to: u32, key: u32) -> bool {
+    pub fn allows(&self, from: u32, to: u32, key: u32) -> bool {
         self.says(true, from, to, key) == ALLOW && self.says(false, to, from, key) == ALLOW
     }
 
