@@ -181,14 +181,9 @@ impl Rules for LiveTables {
         *self.rules.epoch.get_or_init(|| self.answer(self.maps.policy.epoch()))
     }
 
-    fn verdicts(&self, row: u32) -> Option<&VerdictRow> {
-        let value = self.answer(self.maps.policy.verdicts(row).map(Some))?;
-        let (class, half) = (row / 2, row % 2);
-        self.step(
-            maps::VERDICT,
-            format_args!("class {class}, half {half}"),
-            "its verdicts towards all classes",
-        );
+    fn verdicts(&self, class: u32) -> Option<&VerdictRow> {
+        let value = self.answer(self.maps.policy.verdicts(class).map(Some))?;
+        self.step(maps::VERDICT, format_args!("class {class}"), "its verdicts towards all classes");
         Some(self.rules.verdicts.push(value))
     }
 

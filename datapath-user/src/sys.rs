@@ -1,5 +1,5 @@
-//! System calls on BPF links that aya does not offer: creating an XDP link without falling back to netlink, and
-//! reading which interface a link belongs to.
+//! System calls that aya does not offer: creating an XDP link without falling back to netlink, reading which interface a
+//! link belongs to, and reading a hash map by batches.
 
 use std::{
     ffi::CString,
@@ -15,6 +15,7 @@ use std::{
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
 
 const BPF_XDP: u32 = 37;
@@ -115,4 +116,61 @@ pub(crate) fn link_info(path: &Path) -> io::Result<LinkInfo> {
     // SAFETY: `info` has room for `len` bytes and outlives the call.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     Ok(info)
+}
+
+/// All entries of a hash map without per-CPU values. Bucket by bucket, each at one time: what stands in the map throughout is seen
+/// once, whatever programs add and remove meanwhile (kernel/bpf/hashtab.c, `__htab_map_lookup_and_delete_batch`).
+pub(crate) fn hash_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>> {
+    #[repr(C)]
+    struct Attr {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        elem_flags: u64,
+        flags: u64,
+    }
+    let mut room = 4096;
+    let mut all = Vec::new();
+    // Where to go on: the number of a bucket.
+    let mut at: Option<u32> = None;
+    loop {
+        let mut keys = Vec::<K>::with_capacity(room);
+        let mut values = Vec::<V>::with_capacity(room);
+        let mut next = 0_u32;
+        let mut attr = Attr {
+            in_batch: at.as_ref().map_or(0, |at| std::ptr::from_ref(at) as u64),
+            out_batch: std::ptr::from_mut(&mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: room as u32,
+            map: map.as_fd().as_raw_fd() as u32,
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: all pointers are to what outlives the call; `keys` and `values` have room for `count`, and sizes were
+        // compared with the map's when it was opened as a typed one.
+        let end = match unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) } {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            // A bucket with more entries than there is room for.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                room *= 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        // SAFETY: the kernel wrote so many, and every bit pattern of a `Pod` is valid.
+        unsafe {
+            keys.set_len(attr.count as usize);
+            values.set_len(attr.count as usize);
+        }
+        all.extend(keys.into_iter().zip(values));
+        if end {
+            return Ok(all);
+        }
+        at = Some(next);
+    }
 }

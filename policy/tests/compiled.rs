@@ -259,6 +259,8 @@ fn check(groups: &Groups, pods: &BTreeMap<u8, PodFacts>, family: Family, probes:
                     && side_allows(groups, b, a, Direction::Ingress, address(a), *probe);
                 let judged = allows(&rules, 3, own, peer, traffic_key(probe.0, probe.1));
                 assert_eq!(judged, really, "{probe:?} from {from} to {to}, verdict {verdict}");
+                let swept = compiled.tables.allows(own, peer, traffic_key(probe.0, probe.1));
+                assert_eq!(swept, really, "{probe:?} from {from} to {to}, by the agent's own reading");
                 if verdict == Verdict::Open as u8 {
                     assert!(really, "{probe:?} from {from} to {to} is open");
                 }

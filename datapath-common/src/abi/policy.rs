@@ -178,7 +178,8 @@ impl Admitted {
     /// An entry is written again for its time stamp's sake when it is older than this many seconds.
     pub const REFRESH: u32 = 16;
 
-    /// Whether a flow of protocol `proto` still stands at `now`, in seconds of the monotonic clock.
+    /// Whether a flow of protocol `proto` still stands at `now`, in seconds of the monotonic clock: it is over when nothing
+    /// was seen of it for as long as its limit.
     #[inline(always)]
     pub const fn alive(&self, proto: u8, now: u32) -> bool {
         const ICMP: u8 = 1;
@@ -189,7 +190,18 @@ impl Admitted {
             ICMP => timeout::ICMP,
             _ => timeout::UDP,
         };
-        now.wrapping_sub(self.seen) <= limit
+        now.wrapping_sub(self.seen) < limit
+    }
+
+    /// The [`traffic_key`] of the packet that opened the flow of this key.
+    #[inline(always)]
+    pub const fn opening(&self, key: &PairKey) -> u32 {
+        const ICMP: u8 = 1;
+        if key.proto == ICMP {
+            return traffic_key(ICMP, u16::from_be_bytes([key.query >> 1, self.code]));
+        }
+        let port = if self.opener == key.low { key.high_port } else { key.low_port };
+        traffic_key(key.proto, port)
     }
 }
 

@@ -110,6 +110,17 @@ pub(super) fn arrival<T: Tables>(
     None
 }
 
+/// Whether a flow of which a packet would reach `to` by the fast path began on the wire, and the packet does not begin it anew.
+/// The VPC knows such a flow, and judges it only as long as it sees both directions.
+#[inline(always)]
+pub(super) fn stays_on_the_wire<T: Tables>(tables: &T, to: &Endpoint, ip: &Ipv4) -> bool {
+    if matches!(ip.l4.role, Role::Opens | Role::Either) || !tables.marked(to.id) {
+        return false;
+    }
+    let known = recall(tables, &inbound_key(to, ip));
+    known.is_some_and(|known| known.door == Door::Wire as u8 && known.origin == Origin::Inbound as u8)
+}
+
 /// Writes a memory again for its time stamp's sake: only where that matters, and not for every packet.
 #[inline(always)]
 pub(super) fn refresh<T: Tables>(tables: &T, key: &FlowKey, known: &Flow) {

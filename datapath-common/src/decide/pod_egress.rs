@@ -8,7 +8,7 @@
 
 use super::{
     Decision,
-    door::{arrival, fragment_key, lead, outbound_key, recall, refresh},
+    door::{arrival, fragment_key, lead, outbound_key, recall, refresh, stays_on_the_wire},
     policy, same, same_mac,
 };
 use crate::{
@@ -230,7 +230,7 @@ fn local<'t, T: Tables>(
     size: u32,
 ) -> Decision<'t> {
     // To itself: the wire, which returns it to be dropped with its own reason.
-    let allowed = tables.fast_path() && to.id != pod.id;
+    let allowed = tables.fast_path() && to.id != pod.id && !stays_on_the_wire(tables, to, ip);
     // The wire answers this one with "fragmentation needed".
     let too_big = size > u32::from(to.mtu);
     let ruling = if !allowed {

@@ -131,7 +131,7 @@ fn check<T: Tables>(tables: &T, epoch: u32, pod: &Endpoint, to: &Endpoint, ip: &
             progress(tables, epoch, pod, ip, &flow, known);
             return FAST;
         }
-        traffic = opening_key(pod, ip, known);
+        traffic = known.opening(&flow.key);
         if known.opener != pod.id {
             (from, towards) = (towards, from);
         }
@@ -202,18 +202,6 @@ fn key_of(ip: &Ipv4) -> u32 {
     } else {
         traffic_key(ip.proto, ip.l4.dst_port)
     }
-}
-
-/// Where the first packet of a known flow stood, by one that came later.
-#[inline(always)]
-fn opening_key(pod: &Endpoint, ip: &Ipv4, known: &Admitted) -> u32 {
-    if ip.l4.proto != ICMP {
-        let port = if known.opener == pod.id { ip.l4.dst_port } else { ip.l4.src_port };
-        return traffic_key(ip.l4.proto, port);
-    }
-    let icmp_type = if matches!(ip.l4.role, Role::Reports) { ip.l4.quoted_type } else { ip.l4.icmp_type };
-    let (request, _) = query(icmp_type);
-    traffic_key(ICMP, u16::from_be_bytes([request, known.code]))
 }
 
 /// The type of the request that a query of a type belongs to, and whether it is the answer; 0 = it is no query.

@@ -1,15 +1,18 @@
 //! The fast path by security groups: flows, their state, and what becomes of them when rules change.
 
-use super::pod_egress;
+use super::{eni_ingress, pod_egress};
 use crate::{
     abi::{
         Endpoint, Outcome,
         endpoint::flag,
         policy::{ALLOW, ClassGroups, DENY, NOTHING, State, interval, timeout, traffic_key},
     },
-    packet::ipv4::TCP,
+    packet::{
+        ipv4::TCP,
+        link::{TPID_8021Q, Tag},
+    },
     testing::{
-        MemoryTables, PODS, Packet,
+        GATEWAY_MAC, MemoryTables, PODS, Packet,
         packet::{ACK, SYN, SYN_ACK, Socket},
         rules::{SERVED, judged_node, set_served},
     },
@@ -157,19 +160,43 @@ fn a_rule_that_is_taken_away_ends_its_flows() {
 fn idle_flows_are_over() {
     let mut node = node();
     ask(&mut node, SYN);
-    node.now += timeout::TCP_TRANSITORY;
+    node.now += timeout::TCP_TRANSITORY - 1;
     assert_eq!(answer(&mut node, SYN_ACK), FAST);
-    node.now += timeout::TCP_ESTABLISHED;
+    node.now += timeout::TCP_ESTABLISHED - 1;
     assert_eq!(answer(&mut node, ACK), FAST);
-    node.now += timeout::TCP_ESTABLISHED + 1;
+    node.now += timeout::TCP_ESTABLISHED;
     assert_eq!(answer(&mut node, ACK), wire(Outcome::PolicyNoFlow));
 
     let (query, reply) = ((CLIENT.ipv4, 4000), (SERVER.ipv4, 53));
     assert_eq!(send(&mut node, &CLIENT, Packet::udp(query, reply)), fast(Outcome::FlowAdmitted));
-    node.now += timeout::UDP;
+    node.now += timeout::UDP - 1;
     assert_eq!(send(&mut node, &SERVER, Packet::udp(reply, query)), FAST);
-    node.now += timeout::UDP + 1;
+    node.now += timeout::UDP;
     assert_eq!(send(&mut node, &SERVER, Packet::udp(reply, query)), wire(Outcome::PolicyRefused));
+}
+
+/// A connection that began while a pod could not be judged stays with the VPC, both ways, until it is opened anew.
+#[test]
+fn a_connection_of_the_wire_stays_there() {
+    let mut node = node();
+    node.endpoints[1].policy_id = 0;
+    assert_eq!(ask(&mut node, SYN), wire(Outcome::PolicyWire));
+    let syn = Packet::tcp(HTTP.0, HTTP.1, SYN).macs(GATEWAY_MAC, SERVER.mac).bytes();
+    let tag = Tag { tpid: TPID_8021Q, tci: SERVER.vid };
+    assert_eq!(eni_ingress::decide(&node, syn.as_slice(), Some(tag)).outcome, Outcome::Wire);
+    node.settle();
+    node.endpoints[1].policy_id = 1;
+    let stays = (Outcome::Wire, None);
+    assert_eq!(ask(&mut node, ACK), stays);
+    assert_eq!(answer(&mut node, SYN_ACK), stays);
+    let about = Packet::tcp(HTTP.1, HTTP.0, ACK);
+    assert_eq!(send(&mut node, &CLIENT, Packet::icmp_error(3, CLIENT.ipv4, SERVER.ipv4, &about)), stays);
+    assert!(node.pairs.is_empty());
+    // Of another connection nothing is remembered.
+    let other = Packet::tcp((CLIENT.ipv4, 4001), HTTP.1, ACK);
+    assert_eq!(send(&mut node, &CLIENT, other), fast(Outcome::FlowReadmitted));
+    assert_eq!(ask(&mut node, SYN), fast(Outcome::FlowAdmitted));
+    assert_eq!(answer(&mut node, SYN_ACK), FAST);
 }
 
 #[test]

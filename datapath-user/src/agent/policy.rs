@@ -2,7 +2,8 @@
 //!
 //! 1. Pods whose class or address changes lose their class first: what they send and receive takes the wire.
 //! 2. The compiled tables are switched to ([`PolicyMaps::enforce`](crate::tables::PolicyMaps::enforce)).
-//! 3. The pods get their new class with their records, as everything else of them changes.
+//! 3. The flows end that would not be admitted any more ([`PolicyMaps::sweep`](crate::tables::PolicyMaps::sweep)).
+//! 4. The pods get their new class with their records, as everything else of them changes.
 //!
 //! Between the steps the agent waits until no program runs that began before. A class keeps its number as long as most of its
 //! pods stay in it, so that most changes move no pod.
@@ -35,6 +36,8 @@ pub(super) struct Policy {
     compiled: Compiled<u64>,
     written: Written,
     in_force: bool,
+    /// Whether the flows are over that what is in force does not allow.
+    swept: bool,
     reported: Option<PolicyState>,
     /// Why the groups are not in force as they should be.
     pub(super) fault: Option<String>,
@@ -141,9 +144,10 @@ impl Agent {
     async fn enforce_policy(&mut self, desired: &Desired) -> Result<(), TablesError> {
         self.policy.fault = None;
         let unsettled = self.unsettled(desired);
-        if self.policy.in_force && unsettled.is_empty() {
+        if self.policy.in_force && unsettled.is_empty() && self.policy.swept {
             return Ok(());
         }
+        self.policy.swept = false;
         let mut demoted = false;
         for (_, record) in unsettled.iter().filter(|(_, record)| record.policy_id != 0) {
             put(&mut self.tables, &Endpoint { policy_id: 0, ..*record }).await?;
@@ -160,7 +164,23 @@ impl Agent {
             policy.in_force = true;
             log::debug!("security groups of revision {}: {rows} rows written", desired.groups.revision);
         }
+        let began = Instant::now();
+        let records = self.settled_records(desired);
+        let policy = &mut self.policy;
+        let ended = self.tables.maps.policy.sweep(&policy.compiled.tables, records.iter())?;
+        policy.swept = true;
+        log::debug!("{ended} flows ended, in {:.1} ms", began.elapsed().as_secs_f64() * 1000.0);
         Ok(())
+    }
+
+    /// The records of live pods that are still wanted, with the classes and flags that they are to have.
+    fn settled_records(&self, desired: &Desired) -> Vec<Endpoint> {
+        let live = self.tables.pods().map(|live| live.record);
+        let settled = live.filter_map(|record| {
+            let (policy_id, flags) = self.policy.of(&self.config, record.owner, desired.pod(record.owner)?);
+            Some(Endpoint { policy_id, flags, ..record })
+        });
+        settled.collect()
     }
 
     /// Writes down what is in force, for `eniway policy` and `eniway trace`, if it is not written already.

@@ -6,8 +6,12 @@ use std::{
 };
 
 use aya::{
-    Ebpf,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie::Key},
+    Ebpf, Pod,
+    maps::{
+        Array, HashMap, IterableMap as _, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues,
+        lpm_trie::Key,
+    },
+    sys::SyscallError,
     util::nr_cpus,
 };
 use datapath_common::abi::{
@@ -19,8 +23,9 @@ use ipnet::Ipv4Net;
 
 use super::{Index, Live, PolicyMaps, TablesError, direct, errno};
 use crate::{
-    config::{Limits, MAX_FLOWS},
+    config::Limits,
     pin::{MapLayout, Pins},
+    sys,
 };
 
 /// An ABI type in a map. `aya::Pod` and the ABI types are both foreign to this crate.
@@ -86,6 +91,34 @@ pub(super) fn keys<K>(
     entries: u32,
 ) -> Result<Vec<K>, TablesError> {
     keys.take(2 * entries as usize).map(|key| key.map_err(failed(map, "walk"))).collect()
+}
+
+/// All entries of a hash map that programs write.
+pub(super) fn entries<K: Pod, V: Pod>(
+    map: &'static str,
+    hash: &HashMap<MapData, K, V>,
+) -> Result<Vec<(K, V)>, TablesError> {
+    let failed = |io_error| SyscallError { call: "bpf_map_lookup_batch", io_error };
+    sys::hash_entries(hash.map().fd())
+        .map_err(failed)
+        .map_err(MapError::from)
+        .map_err(self::failed(map, "walk"))
+}
+
+/// Removes entries of a hash map that programs write.
+pub(super) fn remove_where<K: Pod, V: Pod>(
+    map: &'static str,
+    hash: &mut HashMap<MapData, K, V>,
+    is_it: impl Fn(&K, &V) -> bool,
+) -> Result<usize, TablesError> {
+    let mut removed = 0;
+    for (key, _) in entries(map, hash)?.into_iter().filter(|(key, value)| is_it(key, value)) {
+        // It may be another one by now.
+        if found(map, hash.get(&key, 0))?.is_some_and(|value| is_it(&key, &value)) {
+            removed += usize::from(gone(map, hash.remove(&key))?);
+        }
+    }
+    Ok(removed)
 }
 
 impl Maps {
@@ -521,13 +554,7 @@ impl Maps {
     ///
     /// When the map cannot be read.
     pub fn flows(&self) -> Result<Vec<(FlowKey, Flow)>, TablesError> {
-        let mut all = Vec::new();
-        for key in keys(maps::FLOWS, self.flows.keys(), MAX_FLOWS)? {
-            if let Some(flow) = found(maps::FLOWS, self.flows.get(&key, 0))? {
-                all.push((key.0, flow.0));
-            }
-        }
-        Ok(all)
+        Ok(entries(maps::FLOWS, &self.flows)?.into_iter().map(|(key, flow)| (key.0, flow.0)).collect())
     }
 
     /// Remembers a flow, as the kernel programs do, and marks its pod.
@@ -616,18 +643,29 @@ impl Maps {
         self.counters.set(id, zeros, 0).map_err(failed(maps::COUNTERS, "write"))
     }
 
-    /// Forgets where fragments to an address went: another pod may come to have it.
+    /// Forgets which doors flows with an address came in by, and where fragments to it went: another pod may come to have it.
     ///
     /// # Errors
     ///
     /// When a map cannot be written.
-    pub fn forget_fragments_to(&mut self, address: [u8; 4]) -> Result<(), TablesError> {
-        for key in keys(maps::FRAGS, self.frags.keys(), maps::MAX_FRAGS)? {
-            if key.0.dst == address {
-                gone(maps::FRAGS, self.frags.remove(&key))?;
-            }
-        }
+    pub fn forget_remote(&mut self, address: [u8; 4]) -> Result<(), TablesError> {
+        remove_where(maps::FLOWS, &mut self.flows, |key, _| key.0.remote == address)?;
+        remove_where(maps::FRAGS, &mut self.frags, |key, _| key.0.dst == address)?;
         Ok(())
+    }
+
+    /// Forgets the flows and fragments of an id, admitted flows among them.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be written.
+    pub fn forget_flows(&mut self, id: u32) -> Result<(), TablesError> {
+        if self.marked(id)? {
+            remove_where(maps::FLOWS, &mut self.flows, |key, _| key.0.id == id)?;
+            remove_where(maps::FRAGS, &mut self.frags, |key, _| key.0.id == id)?;
+            self.set_mark(id, 0)?;
+        }
+        self.policy.forget(id)
     }
 
     /// Forgets everything about an id: flows, admitted flows, fragments, marks, counters.
@@ -636,20 +674,7 @@ impl Maps {
     ///
     /// When a map cannot be written.
     pub fn forget(&mut self, id: u32) -> Result<(), TablesError> {
-        if self.marked(id)? {
-            for key in keys(maps::FLOWS, self.flows.keys(), MAX_FLOWS)? {
-                if key.0.id == id {
-                    gone(maps::FLOWS, self.flows.remove(&key))?;
-                }
-            }
-            for key in keys(maps::FRAGS, self.frags.keys(), maps::MAX_FRAGS)? {
-                if key.0.id == id {
-                    gone(maps::FRAGS, self.frags.remove(&key))?;
-                }
-            }
-            self.set_mark(id, 0)?;
-        }
-        self.policy.forget(id)?;
+        self.forget_flows(id)?;
         self.reset_counters(id)
     }
 }

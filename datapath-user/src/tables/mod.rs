@@ -188,6 +188,8 @@ pub struct Tables {
     live: BTreeMap<u64, Live>,
     slots: Places,
     ids: Places,
+    /// Addresses that were given up less than [`GRACE`] ago.
+    left: BTreeMap<[u8; 4], Instant>,
 }
 
 impl Tables {
@@ -205,7 +207,7 @@ impl Tables {
             ids.0[pod.record.id as usize] = Place::Taken;
             live.insert(pod.record.owner, pod);
         }
-        Ok(Self { maps, live, slots, ids })
+        Ok(Self { maps, live, slots, ids, left: BTreeMap::new() })
     }
 
     /// All pods, by owner.
@@ -278,6 +280,7 @@ impl Tables {
     }
 
     fn add(&mut self, record: &Endpoint) -> Result<Put, TablesError> {
+        self.renew(record.ipv4)?;
         let id = self.take_id()?;
         let slot = match self.take_slot() {
             Ok(slot) => slot,
@@ -305,6 +308,9 @@ impl Tables {
     }
 
     fn change(&mut self, old: Live, record: &Endpoint) -> Result<Put, TablesError> {
+        if old.record.ipv4 != record.ipv4 {
+            self.renew(record.ipv4)?;
+        }
         let slot = self.take_slot()?;
         let id = old.record.id;
         let record = Endpoint { id, ..*record };
@@ -326,7 +332,8 @@ impl Tables {
         self.live.insert(record.owner, Live { slot, record, missing: 0 });
         let removed = self.unpoint(&old)?;
         if old.record.ipv4 != record.ipv4 {
-            self.maps.forget_fragments_to(old.record.ipv4)?;
+            self.maps.forget_flows(id)?;
+            self.leave(old.record.ipv4)?;
         }
         self.slots.rest(old.slot);
         Ok(Put { id, slot, changes: changes + removed + 1 })
@@ -390,7 +397,7 @@ impl Tables {
         let Some(old) = self.live.get(&owner).copied() else { return Ok(None) };
         self.unpoint(&old)?;
         self.maps.forget(old.record.id)?;
-        self.maps.forget_fragments_to(old.record.ipv4)?;
+        self.leave(old.record.ipv4)?;
         self.live.remove(&owner);
         self.slots.rest(old.slot);
         self.ids.rest(old.record.id);
@@ -431,7 +438,23 @@ impl Tables {
             self.maps.forget(id)?;
             self.ids.0[id as usize] = Place::Free;
         }
+        self.left.retain(|_, since| since.elapsed() < GRACE);
         Ok(())
+    }
+
+    /// Forgets what other pods remember of an address that was given up.
+    fn leave(&mut self, address: [u8; 4]) -> Result<(), TablesError> {
+        self.left.insert(address, Instant::now());
+        self.maps.forget_remote(address)
+    }
+
+    /// The same before a pod gets an address: a program that was running may have remembered its last owner since, and an agent may
+    /// have been killed before it forgot.
+    fn renew(&mut self, address: [u8; 4]) -> Result<(), TablesError> {
+        if self.left.remove(&address).is_some_and(|since| since.elapsed() < GRACE) {
+            self.maps.policy.wait_for_programs();
+        }
+        self.maps.forget_remote(address)
     }
 
     fn clean_slot(&mut self, slot: u32) -> Result<(), TablesError> {
@@ -573,13 +596,50 @@ mod tests {
         let key = |id| FlowKey { id, remote: [1; 4], remote_port: 1, local_port: 2, proto: 6, pad: [0; 3] };
         tables.maps.set_flow(&key(1), &flow).unwrap();
         tables.maps.set_flow(&key(2), &flow).unwrap();
+        // Another pod's flows with this one go with it.
+        let about = FlowKey { remote: record(1).ipv4, ..key(2) };
+        tables.maps.set_flow(&about, &flow).unwrap();
         let gone = tables.release(1).unwrap().unwrap();
+        assert_eq!(tables.maps.flow(&about).unwrap(), None);
         assert_eq!(gone.slot, 1);
         assert_eq!(indexed(&tables, &record(1)), [0, 0, 0]);
         assert_eq!(tables.maps.flow(&key(1)).unwrap(), None);
         assert_eq!(tables.maps.flow(&key(2)).unwrap(), Some(flow));
         assert!(!tables.maps.marked(1).unwrap());
         assert!(tables.release(1).unwrap().is_none());
+    }
+
+    #[test]
+    fn nobody_remembers_a_pod_that_is_new() {
+        let Some(mut tables) = tables(4) else { return };
+        let flow = Flow { door: 1, origin: 1, pad: [0; 2], seen: 0 };
+        let about = |n| FlowKey {
+            id: 2,
+            remote: record(n).ipv4,
+            remote_port: 1,
+            local_port: 2,
+            proto: 6,
+            pad: [0; 3],
+        };
+        let known =
+            |tables: &Tables| [1, 3].map(|n| tables.maps.flow(&about(n)).expect("it is read").is_some());
+        // As an agent leaves it that was killed while it released the pod.
+        tables.maps.set_flow(&about(1), &flow).unwrap();
+        tables.put(&record(1)).unwrap();
+        assert_eq!(known(&tables), [false; 2]);
+        // As a program does that was running then.
+        tables.release(1).unwrap();
+        tables.maps.set_flow(&about(1), &flow).unwrap();
+        tables.put(&record(1)).unwrap();
+        assert_eq!(known(&tables), [false; 2]);
+        // A pod that gets another address is another one to everybody, and forgets itself.
+        tables.maps.set_flow(&about(1), &flow).unwrap();
+        tables.maps.set_flow(&about(3), &flow).unwrap();
+        let own = FlowKey { id: tables.pod(1).unwrap().record.id, ..about(2) };
+        tables.maps.set_flow(&own, &flow).unwrap();
+        tables.put(&Endpoint { ipv4: record(3).ipv4, ..record(1) }).unwrap();
+        assert_eq!(known(&tables), [false; 2]);
+        assert_eq!(tables.maps.flow(&own).unwrap(), None);
     }
 
     #[test]

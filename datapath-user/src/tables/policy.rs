@@ -1,10 +1,10 @@
 //! The maps of security groups: written in the half that is not in force, then switched to.
 
-use std::collections::BTreeMap;
+use std::collections::{self as hash, BTreeMap};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use datapath_common::abi::{
-    Admitted, PairKey, maps,
+    Admitted, Endpoint, PairKey, maps,
     policy::{
         CLASSES, ClassGroups, MAX_GROUPS, PAGE_WORDS, PAGES, Page, ProgramRow, Verdict, VerdictRow,
         class_row, page_row, program_row,
@@ -14,9 +14,9 @@ use eniway_policy::compile::Tables as Rules;
 
 use super::{
     TablesError,
-    handles::{Raw, failed, found, gone, keys},
+    handles::{Raw, entries, failed, found, gone, remove_where},
 };
-use crate::config::{Limits, MAX_FLOWS};
+use crate::config::Limits;
 
 /// Handles to the maps of security groups.
 pub struct PolicyMaps {
@@ -173,13 +173,7 @@ impl PolicyMaps {
     ///
     /// When the map cannot be read.
     pub fn pairs(&self) -> Result<Vec<(PairKey, Admitted)>, TablesError> {
-        let mut all = Vec::new();
-        for key in keys(maps::PAIRS, self.pairs.keys(), MAX_FLOWS)? {
-            if let Some(flow) = found(maps::PAIRS, self.pairs.get(&key, 0))? {
-                all.push((key.0, flow.0));
-            }
-        }
-        Ok(all)
+        Ok(entries(maps::PAIRS, &self.pairs)?.into_iter().map(|(key, flow)| (key.0, flow.0)).collect())
     }
 
     /// Admits a flow, as the kernel programs do.
@@ -208,11 +202,7 @@ impl PolicyMaps {
         if self.pair_mark.get(&id, 0).map_err(failed(maps::PAIR_MARK, "read"))? == 0 {
             return Ok(());
         }
-        for key in keys(maps::PAIRS, self.pairs.keys(), MAX_FLOWS)? {
-            if key.0.low == id || key.0.high == id {
-                gone(maps::PAIRS, self.pairs.remove(&key))?;
-            }
-        }
+        remove_where(maps::PAIRS, &mut self.pairs, |key, _| key.0.low == id || key.0.high == id)?;
         self.pair_mark.set(id, 0, 0).map_err(failed(maps::PAIR_MARK, "write"))
     }
 
@@ -255,6 +245,25 @@ impl PolicyMaps {
         *half = Some(rules.clone());
         *verdicts = Some(rules.verdicts.clone());
         Ok(rows + changed.len())
+    }
+
+    /// Ends the flows that would not be admitted any more, given the pods' records as they are to be: a program judges a flow again
+    /// only when its next packet comes, and by then it may be allowed again. To be called after [`enforce`](Self::enforce), and when
+    /// no program judges any more by records that are to change. Returns how many flows ended.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read or written; calling again continues.
+    pub fn sweep<'r>(
+        &mut self,
+        rules: &Rules,
+        pods: impl Iterator<Item = &'r Endpoint>,
+    ) -> Result<usize, TablesError> {
+        let pods: hash::HashMap<u32, &Endpoint> = pods.map(|record| (record.id, record)).collect();
+        remove_where(maps::PAIRS, &mut self.pairs, |Raw(key), Raw(flow)| {
+            let both = pods.get(&key.low).zip(pods.get(&key.high));
+            !both.is_some_and(|(low, high)| rules.keeps(low, high, key, flow))
+        })
     }
 
     /// The verdicts that are to be, of classes of which they are not.

@@ -12,7 +12,11 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use datapath_common::abi::policy::{CLASSES, ClassGroups, MAX_GROUPS, Verdict};
+use datapath_common::abi::{
+    Admitted, Endpoint, PairKey,
+    endpoint::flag,
+    policy::{ALLOW, CLASSES, ClassGroups, DENY, MAX_GROUPS, NOTHING, Verdict},
+};
 
 use ipnet::IpNet;
 
@@ -116,6 +120,38 @@ impl Tables {
     pub fn verdict(&self, from: u32, to: u32) -> Verdict {
         let number = self.verdicts.get(&from).and_then(|row| row.get(to as usize)).copied().unwrap_or(0);
         Verdict::ALL.into_iter().find(|verdict| *verdict as u8 == number).unwrap_or(Verdict::Wire)
+    }
+
+    /// Whether a flow that was admitted between two pods is one that would be admitted, given their records as they are to be:
+    /// the rules allow what opened it, and flows between the two are still remembered. What is not, is over.
+    pub fn keeps(&self, low: &Endpoint, high: &Endpoint, key: &PairKey, flow: &Admitted) -> bool {
+        let flags = low.flags | high.flags;
+        let judged = flags & flag::OFF == 0 && flags & (flag::GROUPS | flag::OBSERVE) != 0;
+        let (from, to) = if flow.opener == key.low { (low, high) } else { (high, low) };
+        judged
+            && low.mtu == high.mtu
+            && self.verdict(from.policy_id, to.policy_id) == Verdict::Check
+            && self.allows(from.policy_id, to.policy_id, flow.opening(key))
+    }
+
+    /// Whether a flow from a pod of class `from` to one of class `to` may begin with traffic `key`.
+    pub fn allows(&self, from: u32, to: u32, key: u32) -> bool {
+        self.says(true, from, to, key) == ALLOW && self.says(false, to, from, key) == ALLOW
+    }
+
+    /// What the groups of class `own` say of traffic with class `peer`.
+    fn says(&self, egress: bool, own: u32, peer: u32, key: u32) -> u32 {
+        let groups = self.lists.get(&own).map_or([0; 8], |list| list.groups);
+        let programs = groups.iter().take_while(|group| **group != 0).filter_map(|group| {
+            let start = *self.programs.get(&(u32::from(*group), egress))?.get(peer as usize)? as usize;
+            let intervals = self.words.get(start + 1..)?.get(..*self.words.get(start)? as usize)?;
+            (start != 0).then_some(intervals)
+        });
+        let mut says = programs.map(|intervals| {
+            let behind = intervals.partition_point(|word| word >> 8 <= key);
+            behind.checked_sub(1).map_or(NOTHING, |at| intervals[at] & 0xff)
+        });
+        says.find(|says| *says != NOTHING).unwrap_or(DENY)
     }
 }
 

@@ -1,10 +1,10 @@
 //! What security groups cost on the fast path: nanoseconds a packet by BPF_PROG_TEST_RUN, all cases in interleaved rounds,
-//! medians; and the memory of the maps.
+//! medians; what a change costs the agent; and the memory of the maps.
 //!
 //! The packet comes out as it went in (the receiver's gateway has the sender's MAC), so that the kernel can repeat it. A SYN
 //! is judged and written down each time, as if it were the first: that is what "first packet" repeats.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
@@ -26,7 +26,7 @@ use datapath_user::{
     tables::Written,
 };
 use eniway_policy::{
-    compile::{Family, PodFacts, compile},
+    compile::{Family, PodFacts, Tables, compile},
     model::{
         Action, Direction as Way, GroupId, Groups, Membership, PortRange, Ports, Priority, Protocol, Remote,
         Rule, SecurityGroup,
@@ -117,6 +117,7 @@ fn main() -> Result<()> {
     figures.insert("open_over_all".to_owned(), json!(ratio("open", "all")));
     figures.insert("first_1000_over_10".to_owned(), json!(ratio("check_first_1000", "check_first_10")));
     figures.insert("map_kib".to_owned(), json!(map_kib()?));
+    figures.insert("change_ms".to_owned(), json!(change_ms(options.rounds)?));
     for path in &options.add {
         let text = fs::read(path).with_context(|| path.display().to_string())?;
         figures.extend(serde_json::from_slice::<BTreeMap<String, Value>>(&text)?);
@@ -217,6 +218,63 @@ fn facts() -> Result<BTreeMap<u32, PodFacts>> {
         ))
     };
     ["client", "server", "open"].into_iter().zip(1..).map(|(group, n)| pod(n, group)).collect()
+}
+
+/// Milliseconds that the agent takes for a change: one that changes a verdict, and so waits three times; the judgement of a full
+/// table of flows that all stay; and of one that all end. Medians.
+fn change_ms(rounds: usize) -> Result<BTreeMap<&'static str, f64>> {
+    let constants = Constants { fast_path: FastPath::SecurityGroups, parent: 0, xdp: Xdp::Off };
+    let maps = &mut Programs::load(constants, &LIMITS)?.maps.policy;
+    let many = compile(&groups(1000)?, &facts()?, Family::V4, CLASSES).tables;
+    let none = Tables::default();
+    let pods = [(1, A), (2, B)].map(|(id, pod)| Endpoint { id, policy_id: id, flags: flag::GROUPS, ..pod });
+    let mut written = Written::default();
+    let mut samples: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut note = |name, since: Instant| {
+        samples.entry(name).or_default().push(since.elapsed().as_secs_f64() * 1000.0);
+    };
+    for _ in 0..rounds {
+        maps.enforce(&none, &mut written)?;
+        let began = Instant::now();
+        maps.enforce(&many, &mut written)?;
+        note("verdicts", began);
+        for _ in 0..3 {
+            let began = Instant::now();
+            maps.wait_for_programs();
+            note("wait", began);
+        }
+        let epoch = maps.epoch()?;
+        let flow = |n: u32| {
+            let key = PairKey {
+                low: 1,
+                high: 2,
+                low_port: n as u16,
+                high_port: PORT,
+                proto: 6,
+                query: 0,
+                pad: [0; 2],
+            };
+            (key, Admitted { epoch, seen: 1, opener: 1, state: State::New as u8, code: 0, pad: [0; 2] })
+        };
+        for (key, flow) in (0..LIMITS.flows).map(flow) {
+            maps.set_pair(&key, &flow)?;
+        }
+        let stands = maps.pairs()?.len();
+        ensure!(stands * 100 > LIMITS.flows as usize * 99, "{stands} flows");
+        let began = Instant::now();
+        ensure!(maps.sweep(&many, pods.iter())? == 0, "a flow ended");
+        note("all_stay", began);
+        let began = Instant::now();
+        ensure!(maps.sweep(&none, pods.iter())? == stands, "a flow stayed");
+        note("all_end", began);
+    }
+    Ok(samples
+        .into_iter()
+        .map(|(name, mut samples)| {
+            samples.sort_unstable_by(f64::total_cmp);
+            (name, (samples[samples.len() / 2] * 10.0).round() / 10.0)
+        })
+        .collect())
 }
 
 /// Memory of the maps of security groups, in KiB: what the arrays hold, all of which is there from the start, and what the

@@ -103,7 +103,7 @@ impl HostNode {
     /// Forgets the flows and fragments of a pod, as the agent does when it releases one.
     fn forget(&mut self, id: u32, address: [u8; 4]) {
         let tables = &mut self.tables;
-        tables.flows.retain(|key, _| key.id != id);
+        tables.flows.retain(|key, _| key.id != id && key.remote != address);
         tables.fragments.retain(|key, _| key.id != id && key.dst != address);
         tables.pairs.retain(|key, _| key.low != id && key.high != id);
         tables.marks.remove(&id);
@@ -151,6 +151,11 @@ impl Node for HostNode {
                 None => assert_eq!(self.tables.add(record), slot(number)),
             }
         }
+        let of = |id| self.tables.endpoints.iter().find(|record| record.id == id);
+        self.tables.pairs.retain(|key, flow| {
+            let both = of(key.low).zip(of(key.high));
+            both.is_some_and(|(low, high)| self.rules.keeps(low, high, key, flow))
+        });
     }
 
     fn open_pairs(&self) -> BTreeSet<(usize, usize)> {

@@ -97,7 +97,7 @@ impl Node for KernelNode {
         if let Some(pod) = replaced {
             let Endpoint { id, ipv4, .. } = self.records[&pod];
             self.programs.maps.forget(id).expect("the maps are written");
-            self.programs.maps.forget_fragments_to(ipv4).expect("the maps are written");
+            self.programs.maps.forget_remote(ipv4).expect("the maps are written");
             self.classes.remove(&pod);
         }
         let Compiled { classes, tables, .. } = compiled(state, &self.classes);
@@ -120,6 +120,8 @@ impl Node for KernelNode {
             let class = self.classes.get(&number).copied().unwrap_or(0);
             self.put(number, record(number, pod.address, id, class));
         }
+        let swept = self.programs.maps.policy.sweep(&self.rules, self.records.values());
+        swept.expect("the flows are written");
     }
 
     fn open_pairs(&self) -> BTreeSet<(usize, usize)> {
