@@ -164,11 +164,26 @@ pub struct Allocation {
     /// The security groups.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub security_groups: Vec<String>,
+    /// The revision of the security groups when the pod got these: older rules do not judge it.
+    #[serde(default)]
+    pub security_groups_revision: Revision,
+    /// Whether the VPC is being told other security groups: until it has them, nobody else can judge the pod.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub regrouping: bool,
     /// Whether the address is tied to the pod's name.
     #[serde(default, rename = "static")]
     pub is_static: bool,
     /// The store's revision at which the allocation came to be as it is: what the agent's acknowledgement is compared with.
     pub revision: Revision,
+}
+
+/// What putting security groups has led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SecurityGroupsPut {
+    /// The revision of the security groups now.
+    pub revision: Revision,
+    /// Whether it is a new one.
+    pub changed: bool,
 }
 
 /// What a release found.
@@ -388,6 +403,20 @@ pub enum Error {
         asked: u64,
         /// The generation there.
         current: u64,
+    },
+    /// The pod has no interface.
+    #[error("{0} has no interface; allocate one first")]
+    UnknownPod(PodKey),
+    /// The security groups have changed since they were read.
+    #[error(
+        "the document is a change of revision {asked}, but the security groups are at revision {current} by now; \
+         read them again (`eniway ipam security-groups show --json`), or leave `revision` out to replace whatever is there"
+    )]
+    StaleSecurityGroups {
+        /// The revision given.
+        asked: Revision,
+        /// The revision there.
+        current: Revision,
     },
     /// The VPC has lost the pod's interface.
     #[error("the VPC no longer has the interface of {0}; delete the pod so that it gets another one")]

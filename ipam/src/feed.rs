@@ -1,4 +1,4 @@
-//! What each node's agent is told: the allocations of its node, in the order of the store's revisions.
+//! What each node's agent is told: the allocations of its node, in the order of the store's revisions, and the security groups.
 //!
 //! A watcher holds nothing but a position. It is given what happened since, or everything when too much has happened.
 
@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use eniway_policy::model::Groups;
 use tokio::sync::watch;
 
 use crate::{api::Allocation, model::PodKey, store::Revision};
@@ -46,6 +47,8 @@ pub enum Notice {
         revision: Revision,
         /// Up to which revision an operator has confirmed removals, however many.
         confirmed: Revision,
+        /// The security groups.
+        groups: Arc<Groups>,
         /// The allocations.
         allocations: Vec<Arc<Allocation>>,
     },
@@ -55,6 +58,8 @@ pub enum Notice {
         revision: Revision,
         /// Up to which revision an operator has confirmed removals.
         confirmed: Revision,
+        /// The security groups, if they have changed: what comes with them or later may need them.
+        groups: Option<Arc<Groups>>,
         /// The changes in their order.
         changes: Vec<AllocationChange>,
     },
@@ -72,6 +77,8 @@ pub(crate) struct Feeds {
     carriers: HashMap<String, String>,
     /// Where the history of nodes without any begins.
     start: Revision,
+    /// The security groups, which are the same for all nodes, and the revision at which they came to be so.
+    groups: (Revision, Arc<Groups>),
 }
 
 struct NodeFeed {
@@ -85,13 +92,13 @@ struct NodeFeed {
 }
 
 impl NodeFeed {
-    fn new(start: Revision) -> Self {
+    fn new(start: Revision, last: Revision) -> Self {
         Self {
             allocations: BTreeMap::new(),
             history: VecDeque::new(),
             complete_after: start,
             confirmed: 0,
-            last: watch::Sender::new(start),
+            last: watch::Sender::new(last),
         }
     }
 
@@ -141,6 +148,17 @@ impl Feeds {
         }
     }
 
+    /// The security groups have changed.
+    pub(crate) fn regroup(&mut self, revision: Revision, groups: Arc<Groups>) {
+        if self.groups.1 == groups {
+            return;
+        }
+        self.groups = (revision, groups);
+        for node in self.nodes.values() {
+            node.last.send_replace(revision);
+        }
+    }
+
     /// The interfaces that carry an allocation.
     pub(crate) fn carriers(&self) -> impl Iterator<Item = &String> {
         self.carriers.keys()
@@ -156,8 +174,8 @@ impl Feeds {
     }
 
     fn node(&mut self, name: &str) -> &mut NodeFeed {
-        let start = self.start;
-        self.nodes.entry(name.to_owned()).or_insert_with(|| NodeFeed::new(start))
+        let (start, last) = (self.start, self.start.max(self.groups.0));
+        self.nodes.entry(name.to_owned()).or_insert_with(|| NodeFeed::new(start, last))
     }
 }
 
@@ -211,16 +229,21 @@ impl Watch {
             None => Notice::Snapshot {
                 revision: last,
                 confirmed,
+                groups: feeds.groups.1.clone(),
                 allocations: feed.allocations.values().cloned().collect(),
             },
             Some(seen) => {
                 let first = feed.history.partition_point(|(revision, _)| *revision <= seen);
-                if first == feed.history.len() && self.confirmed.is_none_or(|known| known == confirmed) {
+                let groups = (feeds.groups.0 > seen).then(|| feeds.groups.1.clone());
+                if first == feed.history.len()
+                    && groups.is_none()
+                    && self.confirmed.is_none_or(|known| known == confirmed)
+                {
                     self.confirmed = Some(confirmed);
                     return None;
                 }
                 let changes = feed.history.range(first..).map(|(_, change)| change.clone()).collect();
-                Notice::Changes { revision: last, confirmed, changes }
+                Notice::Changes { revision: last, confirmed, groups, changes }
             }
         };
         self.seen = Some(last);

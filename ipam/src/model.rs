@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `store` | the store's id, a random word: revisions of two stores have nothing to do with each other | the first allocator opens it |
 //! | `subnets` | all container subnets ([`Subnet`]) in one list, so that overlaps are found atomically | a subnet is added |
+//! | `security-groups` | all security groups and address groups ([`Groups`](eniway_policy::model::Groups)); their revision is that of the key | an operator puts them |
 //! | `node/<name>` | [`Node`]: the node's settings, and whether it is draining | settings change; gone when drained |
 //! | `pool/<node>` | [`Pool`]: serialises growth and shrinking of one node's pool | interfaces join a node, or are given back at a pace |
 //! | `interface/<id>` | [`Interface`]: state, VPC identity, addresses, pod | every step of the table at [`State`] |
@@ -223,6 +224,9 @@ pub struct Claim {
     pub interface: String,
     /// Tells this claim from earlier and later ones of the same interface, pod or address: it grows with every claim.
     pub generation: u64,
+    /// The revision of the security groups when the pod got its list of them.
+    #[serde(default)]
+    pub security_groups_revision: u64,
 }
 
 /// Where an interface is in its life.
@@ -240,6 +244,9 @@ pub struct Claim {
 /// | unbound | | claim: attaching; discard: deleting; missing: gone |
 /// | deleting (intent) | delete | done: gone |
 /// | lost | | release: gone. The pod has it, the VPC does not: not programmed |
+///
+/// Beside its state an interface may have another intent: [`Interface::regroup`]. Its call is made while the state is idle, bound or
+/// unbound, and leads to no other state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "the table above")]
@@ -287,6 +294,11 @@ impl State {
     pub fn is_intent(self) -> bool {
         matches!(self, Self::Creating | Self::Attaching | Self::Detaching | Self::Deleting)
     }
+
+    /// Whether the call of [`Interface::regroup`] can be made.
+    fn is_at_rest(self) -> bool {
+        matches!(self, Self::Idle | Self::Bound | Self::Unbound)
+    }
 }
 
 /// The interface in the store.
@@ -325,6 +337,9 @@ pub struct Interface {
     /// Its security groups.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub security_groups: Vec<String>,
+    /// An intent: the VPC is being told these security groups. Until it has them, nobody else can judge by either list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub regroup: Option<Vec<String>>,
     /// While idle: not before this time. Later than now is *cooling*.
     #[serde(default)]
     pub available_at: Instant,
@@ -354,6 +369,11 @@ pub struct WrongStep {
 }
 
 impl Interface {
+    /// Whether a VPC call is to be made for it.
+    pub fn is_intent(&self) -> bool {
+        self.state.is_intent() || self.regroup.is_some() && self.state.is_at_rest()
+    }
+
     /// The table at [`State`].
     pub fn next(&self, event: Event) -> Result<Next, WrongStep> {
         let is_static = self.static_for.is_some();
@@ -454,6 +474,9 @@ pub mod keys {
 
     /// All subnets.
     pub const SUBNETS: &str = "subnets";
+
+    /// All security groups and address groups.
+    pub const SECURITY_GROUPS: &str = "security-groups";
 
     /// A node's settings.
     pub fn node(name: &str) -> String {

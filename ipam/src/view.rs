@@ -9,6 +9,7 @@ use std::{
     sync::Arc,
 };
 
+use eniway_policy::model::Groups;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -31,6 +32,7 @@ pub(crate) struct View {
     /// The store's id; empty before it has one.
     pub(crate) store: String,
     pub(crate) subnets: Vec<Subnet>,
+    pub(crate) groups: Arc<Groups>,
     pub(crate) nodes: HashMap<String, Arc<Node>>,
     pub(crate) pools: HashMap<String, Pool>,
     pub(crate) interfaces: HashMap<String, Arc<Interface>>,
@@ -110,6 +112,7 @@ impl View {
                 self.subnets = decode(key, value)?.unwrap_or_default();
                 self.dirty.extend(self.nodes.keys().cloned());
             }
+            keys::SECURITY_GROUPS => self.groups = Arc::new(decode_groups(key, revision, value)?),
             "node" => {
                 put(&mut self.nodes, rest, decode(key, value)?.map(Arc::new));
                 self.dirty.insert(rest.to_owned());
@@ -186,7 +189,7 @@ impl View {
         if interface.state == State::Idle && interface.available_at > Instant::default() {
             self.cooling.insert((interface.available_at, id.to_owned()));
         }
-        if interface.state.is_intent() {
+        if interface.is_intent() {
             self.intents.insert(id.to_owned());
         }
         self.interfaces.insert(id.to_owned(), interface);
@@ -258,6 +261,7 @@ impl View {
             }
         };
         interface.kind == node.kind.kind()
+            && interface.regroup.is_none()
             && at_parent
             && interface.dual_stack == node.dual_stack
             && interface.security_groups == node.security_groups
@@ -284,6 +288,15 @@ pub(crate) fn decode<T: DeserializeOwned>(key: &str, value: Option<&[u8]>) -> Re
             })
         })
         .transpose()
+}
+
+/// The security groups: their revision is that of the key.
+pub(crate) fn decode_groups(
+    key: &str,
+    revision: Revision,
+    value: Option<&[u8]>,
+) -> Result<Groups, StoreError> {
+    Ok(Groups { revision, ..decode(key, value)?.unwrap_or_default() })
 }
 
 /// A transaction on top of a view: every key it touches must be as the view knows it.

@@ -18,6 +18,7 @@ use eniway_ipam::{
     SystemClock,
     vpc::{Fault, Faults, Operation, Violations},
 };
+use eniway_policy::model::Groups;
 use etcd::Etcd;
 
 struct Cluster {
@@ -176,6 +177,42 @@ async fn a_watch_survives_the_absence_of_etcd_and_compaction() {
     }
     insist(&cluster.allocators[0], "node-0", "second").await;
     follow(&mut watch, &mut known, |known| known.len() == 1 && known.contains("second")).await;
+}
+
+#[tokio::test]
+async fn security_groups_put_at_one_allocator_are_told_by_all() {
+    let cluster = Cluster::new(2, 1, 16, Policy::OnDemand).await;
+    let [one, other] = &cluster.allocators[..] else { panic!("two allocators") };
+    let groups = |name: &str| -> Groups {
+        serde_json::from_str(&format!(r#"{{"security_groups": [{{"id": "{name}"}}]}}"#)).unwrap()
+    };
+    insist(other, "node-0", "pod").await;
+    let mut watch = other.watch("node-0", None);
+    let Some(Notice::Snapshot { .. }) = watch.next().await else { panic!("no snapshot") };
+    let put = one.put_security_groups(groups("first")).await.unwrap();
+    let end = tokio::time::Instant::now() + Duration::from_secs(20);
+    let mut told = Groups::default();
+    while told.revision < put.revision {
+        let notice = tokio::time::timeout_at(end, watch.next()).await.expect("the change arrives");
+        if let Some(Notice::Changes { groups: Some(groups), .. }) = notice {
+            told = Groups::clone(&groups);
+        }
+    }
+    assert_eq!(told, Groups { revision: put.revision, ..groups("first") });
+
+    // Both change the same revision: one of them has not read what it replaces.
+    let second = |name: &str| Groups { revision: put.revision, ..groups(name) };
+    let (left, right) =
+        tokio::join!(one.put_security_groups(second("left")), other.put_security_groups(second("right")));
+    let stale = [&left, &right].map(|put| matches!(put, Err(Error::StaleSecurityGroups { .. })));
+    assert_eq!(stale.iter().filter(|stale| **stale).count(), 1, "{left:?} {right:?}");
+    // Whichever allocator is asked: the pod's revision is that of the rules that were there.
+    let winner = left.or(right).unwrap().revision;
+    let ids = ["left".to_owned()];
+    let key = other.list(None).remove(0).key;
+    let set = other.set_security_groups(&key, &ids, None).await.unwrap();
+    assert_eq!((&set.security_groups[..], set.security_groups_revision), (&ids[..], winner));
+    assert_eq!(cluster.vpc.calls(Operation::SetSecurityGroups), 1);
 }
 
 async fn follow(

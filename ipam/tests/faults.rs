@@ -112,6 +112,10 @@ impl Vpc for FusedVpc {
         self.call(self.inner.detach(id)).await
     }
 
+    async fn set_security_groups(&self, id: &str, groups: &[String]) -> Result<(), VpcError> {
+        self.call(self.inner.set_security_groups(id, groups)).await
+    }
+
     async fn list(&self, owner: &str, page: Option<String>) -> Result<Page, VpcError> {
         self.call(self.inner.list(owner, page)).await
     }

@@ -12,12 +12,15 @@ use std::{
 };
 
 use eniway_ipam::{
-    Acknowledgement, AddressRequest, AllocateRequest, AllocationChange, Allocator, Confirm, EmbeddedStore,
-    MemoryVpc, Node, NodeKind, Notice, Parent, PodKey, Policy, Position, Settings, Subnet, SystemClock,
+    Acknowledgement, AddressRequest, AllocateRequest, Allocation, AllocationChange, Allocator, Confirm,
+    EmbeddedStore, MemoryVpc, Node, NodeKind, Notice, Parent, PodKey, Policy, Position, Settings, Subnet,
+    SystemClock,
     api::{RefusedByAgent, Released},
     net::Mac,
     rpc::{self, Address, Client, ClientError, Event, Follower, Listener, ServeError, Tls, proto::Reason},
+    vpc::{Fault, Faults, Operation, Violations, VpcError},
 };
+use eniway_policy::model::Groups;
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -310,6 +313,170 @@ async fn a_watch_continues_or_begins_with_a_snapshot() {
     assert!(
         matches!(watch.next().await.unwrap(), Notice::Snapshot { allocations, .. } if allocations.len() == 2)
     );
+    running.stop().await;
+}
+
+fn groups(revision: u64, port: u16) -> Groups {
+    let text = format!(
+        r#"{{"revision": {revision}, "security_groups": [{{"id": "web", "rules": [
+            {{"direction": "ingress", "action": "allow", "protocol": "tcp", "ports": "{port}", "address_group": "office"}}
+        ]}}], "address_groups": [{{"id": "office", "addresses": ["10.9.0.0/16"]}}]}}"#
+    );
+    serde_json::from_str(&text).unwrap()
+}
+
+#[tokio::test]
+async fn security_groups_are_kept_with_a_revision_and_told() {
+    let world = World::new();
+    let running = world.on_socket().await;
+    let client = world.client();
+    assert_eq!(client.security_groups().await.unwrap(), Groups::default());
+    let mut watch = client.watch("n", None).await.unwrap();
+    let Notice::Snapshot { groups: none, .. } = watch.next().await.unwrap() else { panic!("no snapshot") };
+    assert_eq!(*none, Groups::default());
+
+    let first = client.put_security_groups(&groups(0, 80)).await.unwrap();
+    assert!(first.changed && first.revision > 0);
+    let Notice::Changes { groups: Some(told), revision, changes, .. } =
+        timeout(SOON, watch.next()).await.unwrap().unwrap()
+    else {
+        panic!("no groups")
+    };
+    assert_eq!((&*told, revision, changes.len()), (&groups(first.revision, 80), first.revision, 0));
+    // The same again is nothing new, also when it names a revision that is not there.
+    for revision in [0, first.revision, first.revision + 7] {
+        let again = client.put_security_groups(&groups(revision, 80)).await.unwrap();
+        assert_eq!((again.revision, again.changed), (first.revision, false));
+    }
+    let stale = client.put_security_groups(&groups(first.revision + 7, 81)).await.unwrap_err();
+    assert_eq!(stale.reason(), Some(Reason::StaleSecurityGroups));
+
+    // A pod says which revision it needs; a continued watch gets the groups that it has missed, and no others.
+    let pod = client.allocate(&request("n", "a"), None).await.unwrap();
+    assert_eq!(pod.security_groups_revision, first.revision);
+    let Notice::Changes { groups: None, changes, .. } = timeout(SOON, watch.next()).await.unwrap().unwrap()
+    else {
+        panic!("groups that have not changed")
+    };
+    assert_eq!(changes.len(), 1);
+    let before = watch.position().unwrap().clone();
+    let second = client.put_security_groups(&groups(first.revision, 81)).await.unwrap();
+    assert!(second.changed && second.revision > first.revision);
+    timeout(SOON, watch.next()).await.unwrap().unwrap();
+    let now = watch.position().unwrap().clone();
+    for (from, expected) in [(before, Some(groups(second.revision, 81))), (now, None)] {
+        let mut continued = client.watch("n", Some(&from)).await.unwrap();
+        let Notice::Changes { groups, .. } = timeout(SOON, continued.next()).await.unwrap().unwrap() else {
+            panic!("a snapshot")
+        };
+        assert_eq!(groups.as_deref(), expected.as_ref());
+    }
+    // A node that nobody has heard of yet hears them once.
+    let mut other = client.watch("m", None).await.unwrap();
+    assert!(
+        matches!(other.next().await.unwrap(), Notice::Snapshot { groups, .. } if groups.revision == second.revision)
+    );
+    assert!(timeout(Duration::from_millis(100), other.next()).await.is_err());
+
+    // What cannot be kept is refused.
+    let prefixes: Vec<String> =
+        (0..100_000_u32).map(|n| std::net::Ipv4Addr::from(n << 8).to_string()).collect();
+    let huge = serde_json::json!({"address_groups": [{"id": "office", "addresses": prefixes}]});
+    let refused = client.put_security_groups(&serde_json::from_value(huge).unwrap()).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::Invalid));
+    running.stop().await;
+
+    let running = world.on_socket().await;
+    assert_eq!(client.patient(SOON).security_groups().await.unwrap(), groups(second.revision, 81));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_pods_security_groups_change_while_it_runs() {
+    let world = World::new();
+    let running = world.on_socket().await;
+    let client = world.client();
+    let set = async |pod: &str, ids: &[&str]| {
+        let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
+        client.set_security_groups(&key(pod), &ids, None).await
+    };
+    let before = client.allocate(&request("n", "a"), None).await.unwrap();
+    let rules = client.put_security_groups(&groups(0, 80)).await.unwrap();
+    let mut watch = client.watch("n", None).await.unwrap();
+    watch.next().await.unwrap();
+
+    // The first answer is lost: the call is made again.
+    world.vpc.fail_next(Operation::SetSecurityGroups, Fault::ReplyLost);
+    let after = set("a", &["web", "db"]).await.unwrap();
+    assert_eq!(after.security_groups, ["web", "db"]);
+    assert_eq!((after.generation, after.security_groups_revision), (before.generation, rules.revision));
+    assert!(after.revision > before.revision && !after.regrouping);
+    let at_vpc = || {
+        let mut all = world.vpc.interfaces().into_iter();
+        all.find(|one| one.id == before.vpc_id).unwrap().security_groups
+    };
+    assert_eq!((at_vpc(), world.vpc.calls(Operation::SetSecurityGroups)), (after.security_groups.clone(), 2));
+    // The agent is told to leave the pod to the VPC first, then what it has.
+    let mut told = Vec::new();
+    while told.last() != Some(&after) {
+        let Notice::Changes { changes, .. } = timeout(SOON, watch.next()).await.unwrap().unwrap() else {
+            panic!("a snapshot")
+        };
+        told.extend(changes.into_iter().map(|change| match change {
+            AllocationChange::Put(put) => Allocation::clone(&put),
+            AllocationChange::Removed { .. } => panic!("the pod is not gone"),
+        }));
+    }
+    assert!(told[0].regrouping, "{told:?}");
+
+    // Once more is nothing; what the VPC refuses leaves everything as it was.
+    assert_eq!(set("a", &["web", "db"]).await.unwrap(), after);
+    assert_eq!(world.vpc.calls(Operation::SetSecurityGroups), 2);
+    let unknown = VpcError::Invalid { what: "there is no group sg-none".into() };
+    world.vpc.fail_next(Operation::SetSecurityGroups, Fault::Error(unknown));
+    let refused = set("a", &["sg-none"]).await.unwrap_err();
+    assert!(refused.to_string().contains("no group sg-none"), "{refused}");
+    let pod = loop {
+        let pod = client.list(None).await.unwrap().remove(0);
+        if !pod.regrouping {
+            break pod;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    assert_eq!((&pod.security_groups, at_vpc()), (&after.security_groups, after.security_groups.clone()));
+
+    for (pod, ids, reason) in [
+        ("a", &["a b"][..], Reason::Invalid),
+        ("a", &[], Reason::Invalid),
+        ("a", &["1", "2", "3", "4", "5", "6"], Reason::Invalid),
+        ("b", &["web"], Reason::UnknownPod),
+    ] {
+        assert_eq!(set(pod, ids).await.unwrap_err().reason(), Some(reason), "{ids:?}");
+    }
+
+    // What an allocator leaves in the midst is finished by the next one, asked or not.
+    world.vpc.set_faults(Faults { error: 1.0, ..Faults::default() });
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.set_security_groups(&key("a"), &["late".to_owned()], None).await }
+    });
+    while !client.list(None).await.unwrap()[0].regrouping {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    running.stop().await;
+    waiting.await.unwrap().unwrap_err();
+    assert_ne!(at_vpc(), ["late"]);
+    world.vpc.set_faults(Faults::default());
+    let running = world.on_socket().await;
+    timeout(SOON, async {
+        while running.allocator.list(None)[0].security_groups != ["late"] {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(at_vpc(), ["late"]);
+    assert_eq!(world.vpc.violations(), Violations::default());
     running.stop().await;
 }
 

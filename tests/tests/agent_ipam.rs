@@ -5,7 +5,8 @@
 //!   allocator:    a socket in a directory; pods reach each other by the fast path, so no VPC is needed
 //! ```
 //!
-//! A pod is allocated, and its first packet arrives; the allocator goes and comes back, and nothing changes.
+//! A pod is allocated, and its first packet arrives; the allocator goes and comes back, and nothing changes. Its security groups
+//! change, and the next packet is judged by them.
 
 use std::{
     fs,
@@ -350,6 +351,124 @@ fn what_the_agent_cannot_do_is_told_to_who_waits() -> Result {
     assert!(error.to_string().contains("/run/netns/ewr-no-such"), "{error}");
     // The next one is none the worse for it.
     stand.allocate(1, 1)?;
+    stand.stop(server)
+}
+
+/// Rules for datagrams to the echo, as far as `port` lets them; `free` lets everything through both ways.
+fn groups(port: u16) -> Value {
+    let all = |direction: &str| serde_json::json!({ "direction": direction, "action": "allow" });
+    let echo = serde_json::json!({ "direction": "ingress", "action": "allow", "protocol": "udp",
+        "ports": port.to_string(), "group": "client" });
+    serde_json::json!({ "security_groups": [
+        { "id": "client", "rules": [all("egress")] },
+        { "id": "server", "rules": [echo] },
+        { "id": "free", "rules": [all("ingress"), all("egress")] },
+    ]})
+}
+
+#[test]
+fn security_groups_of_the_allocator_are_in_force_when_they_are_acknowledged() -> Result {
+    let mut stand = Stand::new("groups", "kind = \"grpc\"\naddress = \"unix:DIR/ipam.sock\"")?;
+    let config = fs::read_to_string(stand.path("agent.toml"))?;
+    fs::write(stand.path("agent.toml"), config.replace("\"all\"", "\"security-groups\""))?;
+    let server = stand.serve()?;
+    stand.start_agent()?;
+    let client = stand.client()?;
+    let allocate = |pod: usize, group: &str| -> Result<Allocation> {
+        let request =
+            AllocateRequest { security_groups: Some(vec![group.to_owned()]), ..stand.request(pod, 1) };
+        Ok(stand.runtime.block_on(client.allocate(&request, Some(SOON)))?)
+    };
+    let (a, b) = (allocate(0, "client")?, allocate(1, "server")?);
+    let _echo = UdpEcho::start(stand.pods[1].netns(), SocketAddrV4::new(b.addresses.ipv4, 7000))?;
+    let eniway = |arguments: &[&str]| -> Result<Value> {
+        let output = stand.netns().command(eniway_binary()?)?.args(arguments).output()?;
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {words}");
+        Ok(serde_json::from_slice(&output.stdout)?)
+    };
+    let socket = format!("unix:{}", stand.path("ipam.sock").display());
+    let config = stand.path("agent.toml").display().to_string();
+    // The report follows what is in force by a moment.
+    let wait_for_verdict = |verdict: &str| -> Result {
+        let end = Instant::now() + SOON;
+        loop {
+            let report = eniway(&["policy", "--json", "--config", &config])?;
+            let pairs = report["pairs"].as_array().cloned().unwrap_or_default();
+            let between = |pair: &&Value| {
+                pair["from"].to_string().contains("pod-0") && pair["to"].to_string().contains("pod-1")
+            };
+            if pairs.iter().find(between).is_some_and(|pair| pair["verdict"] == verdict) {
+                return Ok(());
+            }
+            assert!(Instant::now() < end, "{verdict}: {report:#}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let apply = |port: u16| -> Result {
+        let file = stand.path("groups.json");
+        fs::write(&file, groups(port).to_string())?;
+        let file = file.display().to_string();
+        let put = eniway(&["ipam", "security-groups", "apply", &file, "--server", &socket, "--json"])?;
+        assert_eq!(put["changed"], true);
+        let end = Instant::now() + SOON;
+        while stand.runtime.block_on(client.pools())?[0].acknowledged < put["revision"].as_u64() {
+            assert!(Instant::now() < end, "revision {put} is not acknowledged");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    };
+    // There is no VPC: what takes the wire arrives nowhere.
+    let arrives = || {
+        let to = SocketAddrV4::new(b.addresses.ipv4, 7000);
+        udp_exchange(stand.pods[0].netns(), 0, to, b"one", Duration::from_millis(300)).is_ok()
+    };
+    let set = |of: &Allocation, group: &str| -> Result<Value> {
+        let PodKey { uid, container_id } = &of.key;
+        let who = ["--uid", uid, "--container-id", container_id, "--wait", "20"];
+        eniway(&[&["ipam", "set-groups", "--server", &socket, "--json"], &who[..], &[group]].concat())
+    };
+
+    // Nobody has said what the groups mean.
+    wait_for_verdict("wire")?;
+    assert!(!arrives());
+    // Rules, other rules, and the first ones again.
+    apply(7000)?;
+    assert!(arrives());
+    wait_for_verdict("check")?;
+    apply(7001)?;
+    assert!(!arrives());
+    apply(7000)?;
+    assert!(arrives());
+    let shown = eniway(&["ipam", "security-groups", "show", "--server", &socket, "--json"])?;
+    assert_eq!(shown["security_groups"].as_array().map(Vec::len), Some(3), "{shown}");
+
+    // Other groups for pods that run; one that nobody knows is the VPC's.
+    set(&b, "client")?;
+    assert!(!arrives());
+    set(&b, "free")?;
+    assert!(arrives());
+    let set_a = set(&a, "free")?;
+    assert!(arrives());
+    wait_for_verdict("open")?;
+    assert_eq!(set_a["security_groups"], serde_json::json!(["free"]));
+    let at_vpc = stand.vpc.interfaces();
+    let of_a = at_vpc.iter().find(|one| one.id == a.vpc_id).expect("the VPC has it");
+    assert_eq!(of_a.security_groups, ["free"]);
+    set(&b, "unheard-of")?;
+    assert!(!arrives());
+    set(&b, "free")?;
+
+    // Without its allocator the agent judges on, and so does the next agent, which has not heard of any groups yet.
+    stand.stop(server)?;
+    assert!(arrives());
+    let server = stand.serve()?;
+    let old = stand.status()?["pid"].clone();
+    stand.stop_agent();
+    stand.exchange(b.addresses.ipv4)?;
+    stand.start_agent()?;
+    stand.wait_for_status("the new agent is ready", |status| status["ready"] == true && status["pid"] != old);
+    stand.exchange(b.addresses.ipv4)?;
     stand.stop(server)
 }
 

@@ -27,6 +27,7 @@ use eniway_ipam::{
     api::RefusedByAgent,
     rpc::{ClientError, LocalSocket, ServeError, Tls},
 };
+use eniway_policy::model::Groups;
 use futures_util::{StreamExt as _, stream};
 use ipnet::Ipv4Net;
 use tokio::{
@@ -574,9 +575,9 @@ impl Agent {
                 self.offer(Rc::new(desired)).await;
                 confirmed
             }
-            Told::Changes { revision, confirmed, changes } => {
+            Told::Changes { revision, confirmed, groups, changes } => {
                 self.source_is_well();
-                self.change(revision, changes).await;
+                self.change(revision, groups, changes).await;
                 confirmed
             }
         };
@@ -613,8 +614,9 @@ impl Agent {
     }
 
     /// Applies changes to what is in force; to what is held back, which then is judged anew, if something is.
-    async fn change(&mut self, revision: u64, changes: Vec<Change>) {
+    async fn change(&mut self, revision: u64, groups: Option<Groups>, changes: Vec<Change>) {
         if changes.is_empty()
+            && groups.is_none()
             && let Some(held) = &mut self.held
         {
             Rc::make_mut(&mut held.desired).revision = revision;
@@ -626,9 +628,13 @@ impl Agent {
         let Some(mut desired) = held.or_else(|| self.desired.take()) else { return };
         let mut touched = BTreeSet::new();
         let mut freed = false;
+        let regrouped = groups.is_some();
         {
             let desired = Rc::make_mut(&mut desired);
             desired.revision = revision;
+            if let Some(groups) = groups {
+                desired.groups = groups;
+            }
             for change in changes {
                 match change {
                     Change::Put(mut pod) => {
@@ -658,7 +664,7 @@ impl Agent {
         }
         self.desired = Some(desired);
         self.status.revision = Some(revision);
-        if !touched.is_empty() {
+        if regrouped || !touched.is_empty() {
             if freed {
                 // What others wait for may be free now.
                 touched.extend(self.faults.keys());

@@ -1,6 +1,11 @@
 //! `eniway ipam`: run the allocator, and ask it.
 
-use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::Subcommand;
 use eniway_ipam::{
@@ -12,6 +17,7 @@ use eniway_ipam::{
     model::{LeakKind, PodKey},
     rpc::{self, Address, Client},
 };
+use eniway_policy::model::Groups;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -69,6 +75,24 @@ enum Command {
     },
     /// Add a container subnet
     AddSubnet(AddSubnet),
+    /// Show or change the security groups and their rules
+    SecurityGroups {
+        #[command(subcommand)]
+        command: SecurityGroups,
+    },
+    /// Give a pod other security groups
+    SetGroups {
+        #[command(flatten)]
+        server: Server,
+        #[command(flatten)]
+        key: Key,
+        /// The groups, the one that decides first in front
+        #[arg(required = true, value_name = "GROUP")]
+        groups: Vec<String>,
+        /// Return when they are in force on the pod's node; wait so many seconds at most
+        #[arg(long, value_name = "SECONDS")]
+        wait: Option<u64>,
+    },
     /// Empty a node that is going away: no more pods, all interfaces given back
     Drain {
         #[command(flatten)]
@@ -87,6 +111,19 @@ enum Command {
         #[arg(long)]
         leaks: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum SecurityGroups {
+    /// Put the groups of a file in place of those that are there
+    Apply {
+        #[command(flatten)]
+        server: Server,
+        /// A JSON document with `security_groups` and `address_groups`; with a `revision`, it replaces that one only
+        file: PathBuf,
+    },
+    /// Show the groups; with --json, as `apply` reads them
+    Show(Server),
 }
 
 /// Which allocator is asked.
@@ -253,6 +290,17 @@ async fn ask(command: &Command) -> Result<(), CliError> {
             })
         }
         Command::AddSubnet(args) => add_subnet(args).await,
+        Command::SecurityGroups { command: SecurityGroups::Show(server) } => {
+            server.show(&server.client()?.security_groups().await?, security_groups)
+        }
+        Command::SecurityGroups { command: SecurityGroups::Apply { server, file } } => {
+            apply_security_groups(server, file).await
+        }
+        Command::SetGroups { server, key, groups, wait } => {
+            let wait = wait.map(Duration::from_secs);
+            let allocation = server.client()?.set_security_groups(&key.key(), groups, wait).await?;
+            server.show(&allocation, |one| allocations(std::slice::from_ref(one)))
+        }
         Command::Drain { server, node } => {
             server.client()?.drain_node(node).await?;
             server.done(&format!("{node} takes no more pods; `eniway ipam pools` shows when it is empty"))
@@ -310,6 +358,38 @@ async fn add_subnet(args: &AddSubnet) -> Result<(), CliError> {
     };
     args.server.client()?.add_subnet(&subnet).await?;
     args.server.done(&format!("{} ({}) is used for new interfaces from now on", subnet.id, subnet.ipv4))
+}
+
+async fn apply_security_groups(server: &Server, file: &Path) -> Result<(), CliError> {
+    let wrong = |problem: String| CliError::Argument(format!("{}: {problem}", file.display()));
+    let text = fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+    let groups: Groups = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+    let put = server.client()?.put_security_groups(&groups).await?;
+    server.show(&put, |put| match put.changed {
+        true => format!("the security groups are at revision {} now\n", put.revision),
+        false => format!("nothing to change, the security groups stay at revision {}\n", put.revision),
+    })
+}
+
+fn security_groups(groups: &Groups) -> String {
+    if groups.revision == 0 {
+        return "no security groups\n".to_owned();
+    }
+    let mut table = Table::new(&[("GROUP", Align::Left), ("RULE", Align::Left)]);
+    for group in groups.security_groups.values() {
+        if group.rules.is_empty() {
+            table.row([group.id.to_string(), "none: nothing is allowed".to_owned()]);
+        }
+        for rule in &group.rules {
+            table.row([group.id.to_string(), rule.to_string()]);
+        }
+    }
+    let mut text = format!("revision {}\n{table}", groups.revision);
+    for group in groups.address_groups.values() {
+        let addresses: Vec<String> = group.addresses.iter().map(ToString::to_string).collect();
+        text.push_str(&format!("address group {}: {}\n", group.id, addresses.join(", ")));
+    }
+    text
 }
 
 fn dash() -> String {
@@ -393,6 +473,7 @@ fn allocations(allocations: &[Allocation]) -> String {
         ("SUBNET", Align::Left),
         ("STATIC", Align::Left),
         ("GENERATION", Align::Right),
+        ("SECURITY GROUPS", Align::Left),
     ]);
     for one in allocations {
         let ip = match one.addresses.ipv6 {
@@ -409,9 +490,19 @@ fn allocations(allocations: &[Allocation]) -> String {
             one.subnet_id.clone(),
             if one.is_static { "yes" } else { "no" }.to_owned(),
             one.generation.to_string(),
+            groups_of(one),
         ]);
     }
     table.to_string()
+}
+
+fn groups_of(allocation: &Allocation) -> String {
+    let groups = allocation.security_groups.join(",");
+    match (allocation.regrouping, groups.is_empty()) {
+        (true, _) => format!("{groups} (changing)"),
+        (false, true) => dash(),
+        (false, false) => groups,
+    }
 }
 
 fn cooling(cooling: &[CoolingStatus]) -> String {
@@ -490,6 +581,9 @@ mod tests {
             "x release --uid u --container-id c --generation 7",
             "x add-subnet s 10.0.0.0/24 --gateway-mac fa:ff:ff:00:00:01",
             "x drain n",
+            "x security-groups apply groups.json",
+            "x security-groups show --json",
+            "x set-groups --uid u --container-id c sg-a sg-b --wait 5",
             "x confirm --leaks",
             "x leaks --server https://ipam:7443 --ca a --cert b --key c",
         ] {

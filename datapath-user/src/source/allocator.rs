@@ -11,7 +11,7 @@ use eniway_ipam::{
     rpc::{Address, Client, ClientError, Event, Tls},
     vpc::Kind,
 };
-use eniway_policy::model::{GroupId, GroupList, Invalid, Membership};
+use eniway_policy::model::{GroupId, GroupList, Groups, Invalid, Membership};
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot, watch},
@@ -46,6 +46,8 @@ pub enum Told {
         revision: u64,
         /// Up to which revision an operator has confirmed removals.
         confirmed: u64,
+        /// The security groups, if they have changed.
+        groups: Option<Groups>,
         /// The changes, in their order.
         changes: Vec<Change>,
     },
@@ -191,10 +193,11 @@ impl AllocatorSource {
     fn translate(&self, told: Result<Notice, String>) -> Told {
         match told {
             Err(error) => Told::Away(error),
-            Ok(Notice::Snapshot { revision, confirmed, mut allocations }) => {
+            Ok(Notice::Snapshot { revision, confirmed, groups, mut allocations }) => {
                 // For people, who see the pods in the order in which they came.
                 allocations.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-                let mut desired = Desired { revision, ..Desired::default() };
+                let mut desired =
+                    Desired { revision, groups: Arc::unwrap_or_clone(groups), ..Desired::default() };
                 for allocation in &allocations {
                     match self.change(allocation) {
                         Change::Put(pod) => desired.put(*pod),
@@ -204,14 +207,15 @@ impl AllocatorSource {
                 }
                 Told::Snapshot { desired, confirmed }
             }
-            Ok(Notice::Changes { revision, confirmed, changes }) => {
+            Ok(Notice::Changes { revision, confirmed, groups, changes }) => {
                 let change = |change: &AllocationChange| match change {
                     AllocationChange::Put(allocation) => self.change(allocation),
                     AllocationChange::Removed { key, generation } => {
                         Change::Gone { owner: owner(key), generation: low_half(*generation) }
                     }
                 };
-                Told::Changes { revision, confirmed, changes: changes.iter().map(change).collect() }
+                let changes = changes.iter().map(change).collect();
+                Told::Changes { revision, confirmed, groups: groups.map(Arc::unwrap_or_clone), changes }
             }
         }
     }
@@ -318,10 +322,13 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         }
         None => Some(wiring::host_interface_name(&allocation.key.container_id, interface.as_str())),
     };
-    // Without groups that can be read the VPC decides for the pod, which it does in any case on the wire.
-    let groups = groups(&allocation.security_groups)
-        .inspect_err(|problem| log::warn!("pod {}/{}: {problem}", allocation.namespace, allocation.name))
-        .unwrap_or_default();
+    // Without groups that can be read, or while they change, the VPC decides for the pod, which it does in any case on the wire.
+    let groups = match allocation.regrouping {
+        true => GroupList::default(),
+        false => groups(&allocation.security_groups)
+            .inspect_err(|problem| log::warn!("pod {}/{}: {problem}", allocation.namespace, allocation.name))
+            .unwrap_or_default(),
+    };
     let mac = allocation.mac;
     let pod = Pod {
         uid: allocation.key.uid.clone(),
@@ -344,7 +351,7 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         gateway_mac: allocation.gateway_mac,
         gateway_ipv6: allocation.gateway_ipv6,
         mtu: allocation.mtu,
-        membership: Membership { groups, revision: 0 },
+        membership: Membership { groups, revision: allocation.security_groups_revision },
         fast_path: None,
         extras: Extras::default(),
     };
@@ -383,6 +390,8 @@ mod tests {
             gateway_ipv6: None,
             mtu: 1500,
             security_groups: Vec::new(),
+            security_groups_revision: 0,
+            regrouping: false,
             is_static: false,
             revision: 9,
         }

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::oneshot;
 
-use super::{Inner, allocation, grow::Wanted};
+use super::{Inner, allocation, groups::group_list, grow::Wanted};
 use crate::{
     api::{AddressRequest, AllocateRequest, Allocation, Error, Released},
     clock::Instant,
@@ -110,6 +110,7 @@ impl Inner {
             interface.claim.is_none()
                 && interface.static_for.is_none()
                 && interface.security_groups == *groups
+                && interface.regroup.is_none()
                 && interface.dual_stack == node.dual_stack
                 && interface.kind == node.kind.kind()
                 && !view.reserved.contains(&interface.id)
@@ -422,6 +423,7 @@ fn claim(view: &View, ask: &Ask<'_>) -> Claim {
         netns: netns.clone(),
         interface: interface.clone(),
         generation: view.latest + 1,
+        security_groups_revision: view.groups.revision,
     }
 }
 
@@ -438,6 +440,9 @@ fn check(request: &AllocateRequest) -> Result<(), Error> {
         if part.is_empty() || part.contains('/') {
             return wrong("a namespace or name of a pod: it must not be empty or contain `/`", part);
         }
+    }
+    if let Some(ids) = &request.security_groups {
+        group_list(ids)?;
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What a call led to.
-enum Outcome {
+pub(super) enum Outcome {
     /// The next state is written; it may be an intent again.
     Stepped,
     /// Someone else has changed the record; look again.
@@ -38,7 +38,7 @@ impl Inner {
         let mut refusal = None;
         loop {
             let current = self.view().interfaces.get(id).cloned();
-            let Some(interface) = current.filter(|interface| interface.state.is_intent()) else { break };
+            let Some(interface) = current.filter(|interface| interface.is_intent()) else { break };
             if interface.by != self.settings.name {
                 break;
             }
@@ -73,7 +73,7 @@ impl Inner {
             (None, None) => self.answer(id, &Ok(())),
             // A new intent was written after the loop had ended.
             (None, Some(interface))
-                if interface.state.is_intent()
+                if interface.is_intent()
                     && interface.by == self.settings.name
                     && !lock(&self.retries).contains_key(id) =>
             {
@@ -90,7 +90,8 @@ impl Inner {
             State::Attaching => self.attach(interface).await,
             State::Detaching => self.detach(interface).await,
             State::Deleting => self.delete(interface).await,
-            State::Idle | State::Bound | State::Unbound | State::Lost => Ok(Outcome::Overtaken),
+            State::Idle | State::Bound | State::Unbound => self.regroup(interface).await,
+            State::Lost => Ok(Outcome::Overtaken),
         }
     }
 
@@ -311,7 +312,7 @@ impl Inner {
             Next::To(state) => {
                 next.state = state;
                 next.since = self.clock.now();
-                next.by = if state.is_intent() { self.settings.name.clone() } else { String::new() };
+                next.by = if next.is_intent() { self.settings.name.clone() } else { String::new() };
                 draft.put_interface(&next)?;
             }
         }
@@ -319,7 +320,7 @@ impl Inner {
     }
 
     /// Changes an interface as long as it still is in the intent that `seen` shows. None when it is not.
-    async fn change<T>(
+    pub(super) async fn change<T>(
         &self,
         seen: &Interface,
         mut edit: impl FnMut(&View, &Interface, &mut Draft<'_>) -> Result<T, Error>,
@@ -331,7 +332,8 @@ impl Inner {
                 let same = current.state == seen.state
                     && current.token == seen.token
                     && current.parent == seen.parent
-                    && current.vlan == seen.vlan;
+                    && current.vlan == seen.vlan
+                    && current.regroup == seen.regroup;
                 if !same {
                     return Ok(None);
                 }

@@ -157,6 +157,7 @@ impl Inner {
                 mac: None,
                 addresses,
                 dual_stack: node.dual_stack,
+                regroup: None,
                 security_groups: wanted
                     .map_or(&node.security_groups, |wanted| &wanted.security_groups)
                     .clone(),

@@ -3,12 +3,14 @@
 //! - this file: what callers use, and how the view follows the store
 //! - `claim`: giving interfaces to pods and taking them back
 //! - `grow`: new interfaces: where, in which subnet, with which VLAN
+//! - `groups`: security groups, and which of them a pod has
 //! - `drive`: the VPC calls of intents
 //! - `tend`: what happens with time: pools, cool-downs, retention, retries, draining
 //! - `leaks`: comparing the records with the VPC's list
 
 mod claim;
 mod drive;
+mod groups;
 mod grow;
 mod leaks;
 mod tend;
@@ -22,6 +24,7 @@ use std::{
     time::Duration,
 };
 
+use eniway_policy::model::Groups;
 use tokio::{
     sync::{Notify, Semaphore, oneshot, watch},
     task::JoinSet,
@@ -30,13 +33,13 @@ use tokio::{
 use crate::{
     api::{
         Acknowledgement, AllocateRequest, Allocation, Confirm, CoolingStatus, Error, LeakStatus, PoolStatus,
-        Released, Settings, SubnetStatus, check_node,
+        Released, SecurityGroupsPut, Settings, SubnetStatus, check_node,
     },
     clock::{Clock, Instant},
     feed::{Feed, Position, Watch},
     model::{Interface, Node, PodKey, State, Subnet, keys},
     store::{Change, Commit, Revision, Store, StoreError, Transaction, Watched},
-    view::{Draft, Touched, View, decode},
+    view::{Draft, Touched, View, decode, decode_groups},
     vpc::Vpc,
 };
 
@@ -199,6 +202,27 @@ impl Allocator {
     /// Takes a pod's interface back. May be repeated. With a generation, only that allocation is released.
     pub async fn release(&self, key: &PodKey, generation: Option<u64>) -> Result<Released, Error> {
         self.inner.release(key, generation).await
+    }
+
+    /// Gives a pod other security groups, at the VPC too. While the VPC is told, the pod's node leaves the pod to it. May be repeated.
+    pub async fn set_security_groups(
+        &self,
+        key: &PodKey,
+        groups: &[String],
+        timeout: Option<Duration>,
+    ) -> Result<Allocation, Error> {
+        self.inner.set_security_groups(key, groups, timeout).await
+    }
+
+    /// All security groups and address groups, with their revision.
+    pub fn security_groups(&self) -> Arc<Groups> {
+        self.inner.view().groups.clone()
+    }
+
+    /// Puts security groups and address groups in place of those that are there. What changes nothing gets no new revision. A
+    /// document that names a revision other than 0 replaces that one only.
+    pub async fn put_security_groups(&self, groups: Groups) -> Result<SecurityGroupsPut, Error> {
+        self.inner.put_security_groups(groups).await
     }
 
     /// The allocations of one node, or of all.
@@ -531,6 +555,7 @@ impl Inner {
             for id in ended {
                 feed.update(range.revision, &id, None);
             }
+            feed.regroup(range.revision, view.groups.clone());
             for node in view.nodes.values() {
                 feed.confirm(&node.name, range.revision, node.confirmed);
             }
@@ -596,6 +621,11 @@ impl Inner {
                     let interface = decode::<Interface>(key, value.as_deref()).unwrap_or_default();
                     let allocation = interface.and_then(|interface| allocation(&view, &interface, *revision));
                     feed.update(*revision, id, allocation.map(Arc::new));
+                } else if key == keys::SECURITY_GROUPS {
+                    // What cannot be read was reported above.
+                    if let Ok(groups) = decode_groups(key, *revision, value.as_deref()) {
+                        feed.regroup(*revision, groups.into());
+                    }
                 } else if let Some(name) = key.strip_prefix("node/")
                     && let Some(node) = view.nodes.get(name)
                 {
@@ -756,6 +786,8 @@ fn allocation(view: &View, interface: &Interface, revision: Revision) -> Option<
         gateway_ipv6: addresses.ipv6.and(subnet.gateway_ipv6),
         mtu: subnet.mtu,
         security_groups: interface.security_groups.clone(),
+        security_groups_revision: claim.security_groups_revision,
+        regrouping: interface.regroup.is_some(),
         is_static: interface.static_for.is_some(),
         revision,
     })

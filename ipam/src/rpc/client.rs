@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use eniway_policy::model::Groups;
 use tonic::{
     Code, Status, Streaming,
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
@@ -14,7 +15,7 @@ use super::{
 use crate::{
     api::{
         Acknowledgement, AllocateRequest, Allocation, Confirm, CoolingStatus, LeakStatus, PoolStatus,
-        Released, SubnetStatus,
+        Released, SecurityGroupsPut, SubnetStatus,
     },
     feed::{Notice, Position},
     model::{Node, PodKey, Subnet},
@@ -227,9 +228,7 @@ impl Client {
                 async move { stub.allocate(request).await }
             })
             .await?;
-        let missing =
-            || ClientError::Answer { address: self.address.clone(), problem: "no allocation".to_owned() };
-        convert::read_allocation(answer.allocation.ok_or_else(missing)?).map_err(|bad| self.bad(&bad))
+        self.allocation(answer.allocation)
     }
 
     /// Gives an interface back.
@@ -419,6 +418,70 @@ impl Client {
         })
         .await
         .map(drop)
+    }
+
+    /// All security groups and address groups, with their revision.
+    ///
+    /// # Errors
+    ///
+    /// When nobody answers.
+    pub async fn security_groups(&self) -> Result<Groups, ClientError> {
+        let answer = self
+            .call(|mut stub| {
+                let request = proto::GetSecurityGroupsRequest {};
+                async move { stub.get_security_groups(request).await }
+            })
+            .await?;
+        convert::read_security_groups(answer.document).map_err(|bad| self.bad(&bad))
+    }
+
+    /// Puts security groups and address groups in place of those that are there; if a revision other than 0 is named, in place of that
+    /// revision only.
+    ///
+    /// # Errors
+    ///
+    /// When the allocator refuses them, or nobody answers.
+    pub async fn put_security_groups(&self, groups: &Groups) -> Result<SecurityGroupsPut, ClientError> {
+        let request = proto::PutSecurityGroupsRequest { document: Some(convert::security_groups(groups)) };
+        let answer = self
+            .call(|mut stub| {
+                let request = request.clone();
+                async move { stub.put_security_groups(request).await }
+            })
+            .await?;
+        Ok(SecurityGroupsPut { revision: answer.revision, changed: answer.changed })
+    }
+
+    /// Gives a pod other security groups. With `wait_for_agent`, returns only when they are in force on the pod's node.
+    ///
+    /// # Errors
+    ///
+    /// When the allocator, the VPC or the agent refuses, or nobody answers. The same call may be made again.
+    pub async fn set_security_groups(
+        &self,
+        key: &PodKey,
+        groups: &[String],
+        wait_for_agent: Option<Duration>,
+    ) -> Result<Allocation, ClientError> {
+        let request = proto::SetSecurityGroupsRequest {
+            key: Some(convert::key(key)),
+            security_groups: groups.to_vec(),
+            timeout_ms: None,
+            wait_for_agent_ms: wait_for_agent.map(convert::millis),
+        };
+        let answer = self
+            .call(|mut stub| {
+                let request = request.clone();
+                async move { stub.set_security_groups(request).await }
+            })
+            .await?;
+        self.allocation(answer.allocation)
+    }
+
+    fn allocation(&self, allocation: Option<proto::Allocation>) -> Result<Allocation, ClientError> {
+        let missing =
+            || ClientError::Answer { address: self.address.clone(), problem: "no allocation".to_owned() };
+        convert::read_allocation(allocation.ok_or_else(missing)?).map_err(|bad| self.bad(&bad))
     }
 
     /// An operator's yes to what is held back.

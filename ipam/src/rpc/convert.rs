@@ -1,7 +1,8 @@
 //! Between the wire's messages and the allocator's own values.
 
-use std::{fmt::Display, str::FromStr, time::Duration};
+use std::{fmt::Display, str::FromStr, sync::Arc, time::Duration};
 
+use eniway_policy::model::Groups;
 use prost::Message as _;
 use tonic::{Code, Status};
 
@@ -139,6 +140,8 @@ pub(super) fn allocation(allocation: &Allocation) -> proto::Allocation {
         gateway_ipv6: show(allocation.gateway_ipv6),
         mtu: allocation.mtu.into(),
         security_groups: allocation.security_groups.clone(),
+        security_groups_revision: allocation.security_groups_revision,
+        regrouping: allocation.regrouping,
         r#static: allocation.is_static,
         revision: allocation.revision,
     }
@@ -173,6 +176,8 @@ pub(super) fn read_allocation(allocation: proto::Allocation) -> Result<Allocatio
         gateway_ipv6: read_some(allocation.gateway_ipv6.as_ref(), "gateway_ipv6")?,
         mtu: small(allocation.mtu, "mtu")?,
         security_groups: allocation.security_groups,
+        security_groups_revision: allocation.security_groups_revision,
+        regrouping: allocation.regrouping,
         is_static: allocation.r#static,
         revision: allocation.revision,
     })
@@ -195,12 +200,12 @@ fn read_kind(kind: proto::Kind) -> Result<Kind> {
 
 pub(super) fn notice(notice: &Notice, store: &str) -> proto::WatchResponse {
     use proto::{change, watch_response::What};
-    let (revision, confirmed, what) = match notice {
-        Notice::Snapshot { revision, confirmed, allocations } => {
+    let (revision, confirmed, groups, what) = match notice {
+        Notice::Snapshot { revision, confirmed, groups, allocations } => {
             let allocations = allocations.iter().map(|one| allocation(one)).collect();
-            (revision, confirmed, What::Snapshot(proto::Snapshot { allocations }))
+            (revision, confirmed, Some(groups), What::Snapshot(proto::Snapshot { allocations }))
         }
-        Notice::Changes { revision, confirmed, changes } => {
+        Notice::Changes { revision, confirmed, groups, changes } => {
             let change = |one: &AllocationChange| match one {
                 AllocationChange::Put(put) => change::What::Put(allocation(put)),
                 AllocationChange::Removed { key: gone, generation } => {
@@ -208,7 +213,7 @@ pub(super) fn notice(notice: &Notice, store: &str) -> proto::WatchResponse {
                 }
             };
             let changes = changes.iter().map(|one| proto::Change { what: Some(change(one)) }).collect();
-            (revision, confirmed, What::Changes(proto::Changes { changes }))
+            (revision, confirmed, groups.as_ref(), What::Changes(proto::Changes { changes }))
         }
     };
     proto::WatchResponse {
@@ -216,16 +221,21 @@ pub(super) fn notice(notice: &Notice, store: &str) -> proto::WatchResponse {
         confirmed: *confirmed,
         what: Some(what),
         store: store.to_owned(),
+        security_groups: groups.map(|groups| security_groups(groups)),
     }
 }
 
 pub(super) fn read_notice(answer: proto::WatchResponse) -> Result<(Notice, Position)> {
     use proto::{change, watch_response::What};
-    let proto::WatchResponse { revision, confirmed, what, store } = answer;
+    let proto::WatchResponse { revision, confirmed, what, store, security_groups } = answer;
+    let groups =
+        security_groups.map(|document| read_security_groups(Some(document))).transpose()?.map(Arc::new);
     let notice = match need(what, "what")? {
         What::Snapshot(proto::Snapshot { allocations }) => {
             let allocations = allocations.into_iter().map(|one| read_allocation(one).map(Into::into));
-            Notice::Snapshot { revision, confirmed, allocations: allocations.collect::<Result<_>>()? }
+            // Without any, nothing is judged on the node.
+            let groups = groups.unwrap_or_default();
+            Notice::Snapshot { revision, confirmed, groups, allocations: allocations.collect::<Result<_>>()? }
         }
         What::Changes(proto::Changes { changes }) => {
             let change = |one: proto::Change| match need(one.what, "change.what")? {
@@ -237,11 +247,29 @@ pub(super) fn read_notice(answer: proto::WatchResponse) -> Result<(Notice, Posit
             Notice::Changes {
                 revision,
                 confirmed,
+                groups,
                 changes: changes.into_iter().map(change).collect::<Result<_>>()?,
             }
         }
     };
     Ok((notice, Position { store, revision }))
+}
+
+pub(super) fn security_groups(groups: &Groups) -> proto::SecurityGroupsDocument {
+    let document = serde_json::json!({
+        "security_groups": groups.security_groups.values().collect::<Vec<_>>(),
+        "address_groups": groups.address_groups.values().collect::<Vec<_>>(),
+    });
+    proto::SecurityGroupsDocument { revision: groups.revision, json: document.to_string() }
+}
+
+pub(super) fn read_security_groups(document: Option<proto::SecurityGroupsDocument>) -> Result<Groups> {
+    let document = need(document, "document")?;
+    let groups: Groups =
+        serde_json::from_str(&document.json).map_err(|error| Bad(format!("`security_groups`: {error}")))?;
+    // The text may name one too, as what `show --json` prints.
+    let revision = if document.revision == 0 { groups.revision } else { document.revision };
+    Ok(Groups { revision, ..groups })
 }
 
 pub(super) fn acknowledgement(node: &str, acknowledgement: &Acknowledgement) -> proto::AcknowledgeRequest {
@@ -508,6 +536,8 @@ pub(super) fn error(error: &Error) -> Status {
         Error::SubnetOverlap { .. } => (Code::AlreadyExists, Reason::SubnetOverlap),
         Error::StaticInUse { .. } => (Code::FailedPrecondition, Reason::StaticInUse),
         Error::StaleGeneration { .. } => (Code::FailedPrecondition, Reason::StaleGeneration),
+        Error::UnknownPod(_) => (Code::NotFound, Reason::UnknownPod),
+        Error::StaleSecurityGroups { .. } => (Code::FailedPrecondition, Reason::StaleSecurityGroups),
         Error::Lost(_) => (Code::DataLoss, Reason::Lost),
         Error::TimedOut { .. } => (Code::DeadlineExceeded, Reason::TimedOut),
         Error::RefusedByAgent { .. } => (Code::Aborted, Reason::RefusedByAgent),

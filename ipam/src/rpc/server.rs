@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     Allocator,
-    api::Released,
+    api::{Released, SecurityGroupsPut},
     feed::{Notice, Position},
 };
 
@@ -230,6 +230,7 @@ impl proto::ipam_server::Ipam for Service {
                 () = std::future::ready(()) => from.map(|position| Notice::Changes {
                     revision: position.revision,
                     confirmed,
+                    groups: None,
                     changes: Vec::new(),
                 }),
             };
@@ -305,6 +306,41 @@ impl proto::ipam_server::Ipam for Service {
         let node = request.into_inner().node;
         self.allocator.drain_node(&node).await.map_err(|error| convert::error(&error))?;
         Ok(Response::new(proto::DrainNodeResponse {}))
+    }
+
+    async fn put_security_groups(
+        &self,
+        request: Request<proto::PutSecurityGroupsRequest>,
+    ) -> Answer<proto::PutSecurityGroupsResponse> {
+        let groups = convert::read_security_groups(request.into_inner().document)?;
+        let put = self.allocator.put_security_groups(groups).await.map_err(|error| convert::error(&error))?;
+        let SecurityGroupsPut { revision, changed } = put;
+        Ok(Response::new(proto::PutSecurityGroupsResponse { revision, changed }))
+    }
+
+    async fn get_security_groups(
+        &self,
+        _: Request<proto::GetSecurityGroupsRequest>,
+    ) -> Answer<proto::GetSecurityGroupsResponse> {
+        let document = Some(convert::security_groups(&self.allocator.security_groups()));
+        Ok(Response::new(proto::GetSecurityGroupsResponse { document }))
+    }
+
+    async fn set_security_groups(
+        &self,
+        request: Request<proto::SetSecurityGroupsRequest>,
+    ) -> Answer<proto::SetSecurityGroupsResponse> {
+        let proto::SetSecurityGroupsRequest { key, security_groups, timeout_ms, wait_for_agent_ms } =
+            request.into_inner();
+        let (key, timeout) = (convert::read_key(key)?, timeout_ms.map(Duration::from_millis));
+        let set = self.allocator.set_security_groups(&key, &security_groups, timeout).await;
+        let allocation = set.map_err(|error| convert::error(&error))?;
+        if let Some(wait) = wait_for_agent_ms.map(Duration::from_millis) {
+            self.allocator.programmed(&allocation, wait).await.map_err(|error| convert::error(&error))?;
+        }
+        Ok(Response::new(proto::SetSecurityGroupsResponse {
+            allocation: Some(convert::allocation(&allocation)),
+        }))
     }
 
     async fn confirm(&self, request: Request<proto::ConfirmRequest>) -> Answer<proto::ConfirmResponse> {

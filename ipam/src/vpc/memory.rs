@@ -33,6 +33,8 @@ pub enum Operation {
     Attach,
     /// [`Vpc::detach`].
     Detach,
+    /// [`Vpc::set_security_groups`].
+    SetSecurityGroups,
     /// [`Vpc::list`].
     List,
     /// [`Vpc::usage`].
@@ -91,6 +93,8 @@ pub enum Rewire<'i> {
     Attach(&'i VpcInterface),
     /// It is at its attachment no longer.
     Detach(&'i VpcInterface),
+    /// It has other security groups from now on.
+    Regroup(&'i VpcInterface),
 }
 
 type Carrier = Box<dyn Fn(Rewire<'_>) -> Result<(), String> + Send + Sync>;
@@ -436,6 +440,19 @@ impl State {
         Ok(())
     }
 
+    fn set_security_groups(&mut self, id: &str, groups: &[String]) -> Result<(), VpcError> {
+        let mut interface = self.known(id)?;
+        if groups.is_empty() {
+            return Err(VpcError::Invalid { what: format!("interface {id} without a security group") });
+        }
+        if interface.security_groups != groups {
+            interface.security_groups = groups.to_vec();
+            self.rewire(Rewire::Regroup(&interface))?;
+            self.interfaces.insert(id.to_owned(), interface);
+        }
+        Ok(())
+    }
+
     fn rewire(&self, change: Rewire<'_>) -> Result<(), VpcError> {
         let Some(carrier) = &self.carrier else { return Ok(()) };
         carrier(change).map_err(|what| VpcError::Failed { what })
@@ -617,6 +634,10 @@ impl Vpc for MemoryVpc {
         self.call(Operation::Detach, |state| state.detach(id)).await
     }
 
+    async fn set_security_groups(&self, id: &str, groups: &[String]) -> Result<(), VpcError> {
+        self.call(Operation::SetSecurityGroups, |state| state.set_security_groups(id, groups)).await
+    }
+
     async fn list(&self, owner: &str, page: Option<String>) -> Result<Page, VpcError> {
         self.call(Operation::List, |state| {
             let start = page.unwrap_or_default();
@@ -665,6 +686,7 @@ mod tests {
             let (word, interface) = match change {
                 Rewire::Attach(interface) => ("attach", interface),
                 Rewire::Detach(interface) => ("detach", interface),
+                Rewire::Regroup(interface) => ("regroup", interface),
             };
             tell.lock().unwrap().push(format!("{word} {:?}", interface.attachment));
             Ok(())

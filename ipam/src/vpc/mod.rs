@@ -209,6 +209,10 @@ pub trait Vpc: Send + Sync + 'static {
     /// Detaches an interface; it keeps its addresses and its MAC.
     async fn detach(&self, id: &str) -> Result<(), VpcError>;
 
+    /// Gives an interface other security groups: these, in their order, in place of those it has. When this returns, the VPC judges
+    /// by them.
+    async fn set_security_groups(&self, id: &str, groups: &[String]) -> Result<(), VpcError>;
+
     /// The interfaces with this owner, page by page.
     async fn list(&self, owner: &str, page: Option<String>) -> Result<Page, VpcError>;
 

@@ -467,6 +467,27 @@ impl proto::ipam_server::Ipam for Server {
         not_here()
     }
 
+    async fn put_security_groups(
+        &self,
+        _: Request<proto::PutSecurityGroupsRequest>,
+    ) -> Answer<proto::PutSecurityGroupsResponse> {
+        not_here()
+    }
+
+    async fn get_security_groups(
+        &self,
+        _: Request<proto::GetSecurityGroupsRequest>,
+    ) -> Answer<proto::GetSecurityGroupsResponse> {
+        not_here()
+    }
+
+    async fn set_security_groups(
+        &self,
+        _: Request<proto::SetSecurityGroupsRequest>,
+    ) -> Answer<proto::SetSecurityGroupsResponse> {
+        not_here()
+    }
+
     async fn confirm(&self, _: Request<proto::ConfirmRequest>) -> Answer<proto::ConfirmResponse> {
         not_here()
     }

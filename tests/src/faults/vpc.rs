@@ -30,6 +30,7 @@ enum Call {
     Delete(String),
     Attach(String, Attachment),
     Detach(String),
+    SetSecurityGroups(String, Vec<String>),
     List(String, Option<String>),
     Usage(Vec<String>),
 }
@@ -142,6 +143,10 @@ impl Server {
                 vpc.detach(&id).await?;
                 Answer::Done
             }
+            Call::SetSecurityGroups(id, groups) => {
+                vpc.set_security_groups(&id, &groups).await?;
+                Answer::Done
+            }
             Call::List(owner, page) => Answer::Page(vpc.list(&owner, page).await?),
             Call::Usage(subnets) => Answer::Usage(vpc.usage(&subnets).await?),
         })
@@ -202,6 +207,10 @@ impl Vpc for RemoteVpc {
 
     async fn detach(&self, id: &str) -> Result<(), VpcError> {
         self.call(Call::Detach(id.to_owned())).await.map(drop)
+    }
+
+    async fn set_security_groups(&self, id: &str, groups: &[String]) -> Result<(), VpcError> {
+        self.call(Call::SetSecurityGroups(id.to_owned(), groups.to_vec())).await.map(drop)
     }
 
     async fn list(&self, owner: &str, page: Option<String>) -> Result<Page, VpcError> {

@@ -58,6 +58,10 @@ impl Switch {
     fn apply(&self, change: Rewire<'_>) -> Result<()> {
         match change {
             Rewire::Attach(interface) => self.attach(interface),
+            // The fabric's groups are told by the lab (`Lab::set_list`).
+            Rewire::Regroup(interface) => {
+                Err(Error::Vpc(format!("{}: the fabric takes no security groups", interface.id)))
+            }
             Rewire::Detach(interface) => {
                 let (port, vlan) = self.place(interface)?;
                 self.fabric.detach_nic(port, vlan)
