@@ -6,6 +6,7 @@ use crate::{
     attach::{self, AttachError},
     config::Config,
     feature::{self, FeatureError},
+    grace::Grace,
     lock::{self, LockError},
     net,
     object::program,
@@ -56,6 +57,8 @@ pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
     let version_dir = pins.version_dir();
     let _pin_lock = if version_dir.exists() { Some(lock::lock_pins(&version_dir)?) } else { None };
     let kind = feature::probe()?;
+    let grace = Grace::new(&config.run_dir);
+    let _short = grace.expedite();
     let mut report = Detached::default();
 
     let mut pods: BTreeSet<u32> = pins.pinned_pods()?.into_iter().collect();

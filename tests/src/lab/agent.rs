@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use datapath_user::grace::Grace;
 use eniway_policy::model::{GroupList, Groups};
 pub use nix::sys::signal::Signal;
 use nix::{sys::signal::kill, unistd::Pid};
@@ -345,6 +346,8 @@ impl Drop for Agent {
         {
             log::warn!("{error}");
         }
+        // One that was killed while it attached programs has left this machine's grace periods short.
+        Grace::new(&self.run_dir());
     }
 }
 
