@@ -53,7 +53,7 @@ struct Options {
 /// How many pods the node has: the one that is measured with one other, and many.
 const PODS_ON_NODE: [u16; 2] = [2, 1000];
 
-/// What the maps are made for; all are on one parent ENI, which has 4,094 VLAN ids.
+/// All are on one parent ENI, which has 4,094 VLAN ids.
 const MOST_PODS: u16 = 4000;
 const UNKNOWN_VLAN: u16 = 4000;
 
@@ -282,7 +282,8 @@ impl<'a> Bench<'a> {
             node.flows.insert(key, flow);
         }
         let constants = Constants { fast_path: FastPath::All, parent: 0, xdp: case.xdp };
-        let mut programs = Programs::load(constants, &Limits { endpoints: MOST_PODS.into(), flows: 65_536 })?;
+        let mut programs =
+            Programs::load(constants, &Limits { endpoints: u32::from(endpoints).max(1024), flows: 65_536 })?;
         programs.fill(&node)?;
 
         let is_xdp = case.hook == Hook::EniXdp;
