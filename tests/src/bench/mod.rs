@@ -164,6 +164,7 @@ pub fn run(engine: Engine, cases: &[Case], kinds: &[Kind]) -> Result<Report> {
     for case in cases {
         measure(engine, *case, &systems, &mut report)?;
     }
+    report.compare_above(Kind::Eniway.name(), Kind::Loopback.name());
     Ok(report)
 }
 
@@ -229,14 +230,6 @@ fn ratios(case: Case, lines: &[Line<'_>], report: &mut Report) {
             report.void.push(case.to_string());
         }
         report.ratios.push(ratio);
-    }
-    let Some(base) = find(Kind::Loopback.name()) else { return };
-    let above = |line: &Line<'_>| {
-        line.costs.iter().zip(&base.costs).map(|(cost, base)| cost - base).collect::<Vec<_>>()
-    };
-    for line in lines.iter().filter(|line| ![ours.name, base.name, CONTROL_NAME].contains(&line.name)) {
-        let case = format!("{case} above loopback");
-        report.ratios.push(Ratio::paired(case, ours.name, line.name, &above(ours), &above(line)));
     }
 }
 

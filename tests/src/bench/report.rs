@@ -15,6 +15,9 @@ pub struct Report {
     pub runs: Vec<Run>,
     /// Costs of one system over those of another.
     pub ratios: Vec<Ratio>,
+    /// The same after the cost of loopback was taken off both.
+    #[serde(default)]
+    pub above_loopback: Vec<Above>,
     /// Cases whose control was off: what was measured there says nothing.
     pub void: Vec<String>,
 }
@@ -47,7 +50,7 @@ pub struct Run {
 /// The cost of one system over that of another: below 1, the first is cheaper.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Ratio {
-    /// Place and load; "above loopback": of what is left when the cost over loopback is taken off both.
+    /// Place and load.
     pub case: String,
     /// The first system.
     pub of: String,
@@ -59,6 +62,20 @@ pub struct Ratio {
     pub low: f64,
     /// to here.
     pub high: f64,
+}
+
+/// What one system costs more than a base, over what another costs more than it. Of the medians: in a single round
+/// what is left after the subtraction can be smaller than what disturbs the round.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Above {
+    /// Place and load.
+    pub case: String,
+    /// The first system.
+    pub of: String,
+    /// The second.
+    pub to: String,
+    /// The ratio.
+    pub value: f64,
 }
 
 /// Median and range.
@@ -114,8 +131,27 @@ impl Report {
             kernel: kernel.trim().to_owned(),
             runs: vec![],
             ratios: vec![],
+            above_loopback: vec![],
             void: vec![],
         }
+    }
+
+    /// Compares a system with all others above a base, in the cases that have both.
+    pub fn compare_above(&mut self, of: &str, base: &str) {
+        let mut all = Vec::new();
+        for case in self.cases() {
+            let runs = self.of(case);
+            let median = |name: &str| runs.iter().find(|run| run.system == name).map(|run| run.median);
+            let (Some(ours), Some(base_cost)) = (median(of), median(base)) else { continue };
+            let others = runs.iter().filter(|run| run.system != of && run.system != base);
+            all.extend(others.map(|run| Above {
+                case: case.to_owned(),
+                of: of.to_owned(),
+                to: run.system.clone(),
+                value: (ours - base_cost) / (run.median - base_cost),
+            }));
+        }
+        self.above_loopback = all;
     }
 
     /// The cases, each once, in the order of measurement.
@@ -174,10 +210,11 @@ impl Report {
                 "| system | {unit} | range | eniway / this | above loopback |\n|---|---:|---|---:|---:|\n"
             );
             for run in runs {
-                let ratio = |case: &str| {
-                    let found = self.ratios.iter().find(|ratio| ratio.case == case && ratio.to == run.system);
-                    found.map_or_else(String::new, |ratio| format!("{:.3}", ratio.value))
-                };
+                let written =
+                    |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.3}"));
+                let ratio = self.ratios.iter().find(|ratio| ratio.case == case && ratio.to == run.system);
+                let above =
+                    self.above_loopback.iter().find(|above| above.case == case && above.to == run.system);
                 let _ = writeln!(
                     text,
                     "| {} | {:.0} | {:.0} to {:.0} | {} | {} |",
@@ -185,8 +222,8 @@ impl Report {
                     run.median,
                     run.min,
                     run.max,
-                    ratio(case),
-                    ratio(&format!("{case} above loopback"))
+                    written(ratio.map(|ratio| ratio.value)),
+                    written(above.map(|above| above.value))
                 );
             }
         }
@@ -202,6 +239,30 @@ mod tests {
     fn the_median_is_a_value_of_the_middle() {
         assert_eq!(Spread::of(&[3.0, 1.0, 2.0]), Spread { median: 2.0, min: 1.0, max: 3.0 });
         assert_eq!(Spread::of(&[4.0, 1.0]).median, 1.0);
+    }
+
+    #[test]
+    fn above_the_base_the_medians_are_compared() {
+        let mut report = Report::new("counted");
+        for (system, median) in [("loopback", 10.0), ("ours", 13.0), ("theirs", 12.0)] {
+            let (case, unit) = (String::from("c"), String::new());
+            let (engine, kernel, system) = (String::new(), String::new(), system.to_owned());
+            report.runs.push(Run {
+                engine,
+                kernel,
+                case,
+                system,
+                endpoints: 2,
+                unit,
+                median,
+                min: 0.0,
+                max: 99.0,
+                n: 3,
+            });
+        }
+        report.compare_above("ours", "loopback");
+        let above = Above { case: "c".into(), of: "ours".into(), to: "theirs".into(), value: 1.5 };
+        assert_eq!(report.above_loopback, [above]);
     }
 
     #[test]

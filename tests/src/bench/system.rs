@@ -4,10 +4,12 @@ use std::{any::Any, fmt::Write as _, io::Write as _, net::Ipv4Addr, process::Std
 
 use nix::net::if_::if_nametoindex;
 
+use serde_json::{Value, json};
+
 use super::{Pair, Place, floor, ovs::Ovs};
 use crate::lab::{
-    Error, GATEWAY_MAC, Lab, LabBuilder, Mac, Netns, NetnsGuard, Node, Pod, PodSpec, Result, Subnet, XdpMode,
-    netns,
+    Agent, Error, GATEWAY_MAC, Lab, LabBuilder, Mac, Netns, NetnsGuard, Node, Pod, PodSpec, Result, Subnet,
+    XdpMode, agent::READY, netns,
 };
 
 /// One of the systems.
@@ -297,7 +299,35 @@ fn of_lab(lab: Lab, hold: impl Any) -> Result<System> {
 fn eniway(id: &str, fast_path: bool, xdp: XdpMode) -> Result<System> {
     let lab = lab(id).fast_path(fast_path).xdp(xdp).build()?;
     lab.start_agents()?;
+    if fast_path {
+        for node in lab.nodes() {
+            open(lab.agent(&node.name)?)?;
+        }
+    }
     of_lab(lab, ())
+}
+
+/// The agent's default, `fast_path = "security-groups"`, with a group that leaves every pair of pods open. Only the
+/// agent knows of it: the fabric judges nothing, so that it costs the same under every system.
+fn open(agent: &Agent) -> Result<()> {
+    agent.change(|document| {
+        document["security_groups"] = json!([{ "id": "sg-open", "rules": [
+            { "direction": "ingress", "action": "allow" }, { "direction": "egress", "action": "allow" } ] }]);
+        for pod in document["pods"].as_array_mut().into_iter().flatten() {
+            pod["fast_path"] = json!("security-groups");
+            pod["security_groups"] = json!(["sg-open"]);
+        }
+    })?;
+    let revision = agent.document()?["revision"].clone();
+    agent.wait_status("the security groups", READY, |status| status["revision"] == revision)?;
+    let told = agent.cli(&["policy", "--json"])?;
+    let policy: Value =
+        serde_json::from_str(&told).map_err(|error| Error::Protocol(format!("`eniway policy`: {error}")))?;
+    let pairs = policy["pairs"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if pairs.iter().any(|pair| pair["verdict"] != "open") {
+        return Err(Error::Protocol(format!("a pair of pods that is not open: {told}")));
+    }
+    Ok(())
 }
 
 /// Address and routes of a pod that has its sub-ENI as `eth0`.

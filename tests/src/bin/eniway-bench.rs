@@ -79,7 +79,9 @@ fn read(paths: &[PathBuf]) -> Result<Report> {
             None => all = Some(report),
         }
     }
-    all.context("no report")
+    let mut all = all.context("no report")?;
+    all.compare_above(Kind::Eniway.name(), Kind::Loopback.name());
+    Ok(all)
 }
 
 fn measure(options: &Options) -> Result<Report> {

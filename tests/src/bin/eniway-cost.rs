@@ -14,7 +14,7 @@ use aya::TestRunOptions;
 use clap::Parser;
 use datapath_common::{
     abi::{Door, Endpoint, Flow, FlowKey, Origin},
-    packet::link::{TPID_8021Q, Tag},
+    packet::link::{self, TPID_8021Q, Tag},
     testing::{
         GATEWAY_MAC, MemoryTables, NODE, NODE_MAC, PODS, Packet, REMOTE,
         packet::{ACK, SYN_ACK},
@@ -52,6 +52,10 @@ struct Options {
 
 /// How many pods the node has: the one that is measured with one other, and many.
 const PODS_ON_NODE: [u16; 2] = [2, 1000];
+
+/// All are on one parent ENI, which has 4,094 VLAN ids.
+const MOST_PODS: u16 = 4000;
+const UNKNOWN_VLAN: u16 = 4000;
 
 const A: Endpoint = PODS[0];
 /// Says that its gateway has A's MAC, so that what A sends to it by the fast path comes out as it went in.
@@ -112,13 +116,25 @@ fn cases() -> Vec<Case> {
             counted: false,
             ..case(Hook::EniXdp, "guard: TCP, passed on", request.clone().vlan(A.vid), parent, Undo::Nothing)
         },
-        case(Hook::EniXdp, "guard: unknown VLAN, dropped", request.clone().vlan(4000), parent, Undo::Nothing),
+        case(
+            Hook::EniXdp,
+            "guard: unknown VLAN, dropped",
+            request.clone().vlan(UNKNOWN_VLAN),
+            parent,
+            Undo::Nothing,
+        ),
         Case {
             xdp: Xdp::Redirect,
             ..case(Hook::EniXdp, "redirect: UDP into the pod", datagram, parent, Undo::Pop)
         },
         case(Hook::EniIngress, "untagged, passed on", request.clone(), parent, Undo::Nothing),
-        case(Hook::EniIngress, "unknown VLAN, dropped", request.clone().vlan(4000), parent, Undo::Nothing),
+        case(
+            Hook::EniIngress,
+            "unknown VLAN, dropped",
+            request.clone().vlan(UNKNOWN_VLAN),
+            parent,
+            Undo::Nothing,
+        ),
         case(Hook::EniIngress, "into the pod", request, parent, Undo::Pop),
         Case {
             remembered: true,
@@ -193,7 +209,8 @@ fn node(n: u16) -> MemoryTables {
     tables.pod_ip4 = known.pod_ip4;
     tables.add(Endpoint { id: 1, ..A });
     tables.add(Endpoint { id: 2, ..B });
-    for i in 3..=n {
+    let free = (1..link::VID).filter(|vid| ![A.vid, B.vid, UNKNOWN_VLAN].contains(vid));
+    for (i, vid) in (3..=n).zip(free) {
         let [high, low] = i.to_be_bytes();
         tables.add(Endpoint {
             owner: u64::from(i),
@@ -202,7 +219,7 @@ fn node(n: u16) -> MemoryTables {
             ipv4: [10, 2, high, low],
             mac: [2, 0, 0, 0, high, low],
             wire_mac: [2, 0, 0, 0, high, low],
-            vid: 1000 + i,
+            vid,
             ..A
         });
     }
@@ -265,7 +282,8 @@ impl<'a> Bench<'a> {
             node.flows.insert(key, flow);
         }
         let constants = Constants { fast_path: FastPath::All, parent: 0, xdp: case.xdp };
-        let mut programs = Programs::load(constants, &Limits { endpoints: 1024, flows: 65_536 })?;
+        let mut programs =
+            Programs::load(constants, &Limits { endpoints: u32::from(endpoints).max(1024), flows: 65_536 })?;
         programs.fill(&node)?;
 
         let is_xdp = case.hook == Hook::EniXdp;
@@ -379,6 +397,10 @@ fn main() -> Result<()> {
     let options = Options::parse();
     anyhow::ensure!(options.rounds > 0 && options.repeat > 0, "--rounds and --repeat are at least 1");
     anyhow::ensure!(nix::unistd::geteuid().is_root(), "loading programs needs root");
+    anyhow::ensure!(
+        options.pods.iter().all(|pods| (2..=MOST_PODS).contains(pods)),
+        "--pods: from 2 to {MOST_PODS}"
+    );
     private_netns(&[A.ifindex, B.ifindex]);
     let cases = cases();
     let mut benches = vec![];
