@@ -113,5 +113,5 @@ pub(crate) async fn detach_parent(
     for generic in [false, true] {
         pins.remove(&pins.parent_xdp(interface, generic))?;
     }
-    Ok(wiring::restore_parent(interface).await.err().map(|error| error.to_string()))
+    Ok(wiring::parent::restore(interface).await.err().map(|error| error.to_string()))
 }

@@ -23,7 +23,7 @@ use crate::{
     source::{Desired, Pod},
     status::ParentStatus,
     tables::Live,
-    wiring::{self, ParentSpec},
+    wiring::parent::{self, ParentSpec},
 };
 
 const OFF: &str = "off";
@@ -177,7 +177,7 @@ impl Parent {
         gateways.sort_unstable();
         gateways.dedup();
         let spec = ParentSpec { interface: self.name().to_owned(), gateways: gateways.clone() };
-        let note = match wiring::prepare_parent(&spec).await {
+        let note = match parent::prepare(&spec).await {
             Ok(prepared) => {
                 self.changes = prepared.changes;
                 None

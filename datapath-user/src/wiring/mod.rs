@@ -1,5 +1,5 @@
-//! Pods on the node's links: the veth pair of a pod with all that stands at both ends, and what the node itself needs
-//! on a parent ENI.
+//! Pods on the node's links: the veth pair of a pod with all that stands at both ends; [`parent`]: what the node itself
+//! needs on a parent ENI.
 //!
 //! ```text
 //!   pod's namespace                                    node
@@ -9,38 +9,22 @@
 //!         <gateway> is at its MAC, for ever
 //!         GRO on: a veth takes redirected XDP frames only while it runs NAPI
 //! ```
-//!
-//! What the node's stack forwards with a pod's source (a pod's packet to a Service, once translated) must leave by
-//! the pod's parent, where it is tagged, and by no other interface of the node: the VPC would take it for spoofed.
-//! `pod_egress` marks those packets. Replies to what came in by the stack (a node port) have a pod's source, too, until
-//! the stack has translated it back, which is after routing; they go back by the node's own routes.
-//!
-//! ```text
-//!   2100: from <subnet> fwmark 0x1000/0x1000 lookup main suppress_prefixlength 31     routes to this node's pods
-//!   2101: from <subnet> fwmark 0x1000/0x1000 lookup 2100     default via <gateway> dev <parent> onlink
-//! ```
-//!
-//! A further subnet whose gateway or parent is another takes the next free table. Everything is found again in the
-//! kernel; nothing is written down elsewhere.
+
+pub mod parent;
 
 use std::{
-    io,
     net::Ipv4Addr,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use datapath_common::abi::maps::SERVICE_MARK;
 use ipnet::Ipv4Net;
 
 use crate::{
     attachment::{Extras, Route},
     ethtool::{self, EthtoolError, Offload},
     net::{InterfaceName, Mac},
-    netlink::{
-        DefaultRoute, DisplayRule, Existing, Link, LinkChange, MAIN, Netlink, NetlinkError, SourceRule,
-        VethEnd,
-    },
+    netlink::{DefaultRoute, Existing, Link, LinkChange, MAIN, Netlink, NetlinkError, VethEnd},
     netns::{Namespace, NetnsError},
     sysctl::{self, SysctlError},
 };
@@ -184,33 +168,6 @@ pub struct Wired {
     /// Whether the pair stood already.
     pub adopted: bool,
 }
-
-/// A parent ENI to be prepared.
-#[derive(Debug, Clone)]
-pub struct ParentSpec {
-    /// Its name.
-    pub interface: String,
-    /// The subnets of the pods behind it, with gateway and the gateway's MAC.
-    pub gateways: Vec<(Ipv4Net, Ipv4Addr, [u8; 6])>,
-}
-
-/// A prepared parent ENI.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Prepared {
-    /// Its index.
-    pub ifindex: u32,
-    /// Whether VLAN tags reach XDP: read back from the driver, not assumed.
-    pub rxvlan_off: bool,
-    /// What eniway holds changed on the node for this parent, for people to read.
-    pub changes: Vec<String>,
-}
-
-/// Priority of the rule that sends a pod's packets to Services to the routes of this node's pods first.
-const RULE_MAIN: u32 = 2100;
-/// Priority of the rule that sends the rest of them to the parent.
-const RULE_PARENT: u32 = 2101;
-/// The first table of those with a default route by a parent, and how many there may be.
-const TABLES: std::ops::Range<u32> = 2100..2164;
 
 /// How long the pod's side may take to transmit.
 const CARRIER: Duration = Duration::from_secs(1);
@@ -613,168 +570,6 @@ fn set_all(settings: &[(sysctl::Key<'_>, &str)]) -> Result<(), SysctlError> {
     settings.iter().try_for_each(|(key, value)| sysctl::set(key, value).map(drop))
 }
 
-/// Readies a parent ENI and the node's routing for the pods behind it. Idempotent; rules of subnets that are no
-/// longer among the gateways are removed. Without any gateway the routing stays as it is: an agent that starts does
-/// not know the subnets yet, and the pods of the one before it still use theirs.
-pub async fn prepare_parent(spec: &ParentSpec) -> Result<Prepared, WiringError> {
-    check_name(&spec.interface)?;
-    let netlink = Netlink::open()?;
-    let link = netlink.link(&spec.interface).await?;
-    let name = spec.interface.as_str();
-    let mut changes = Vec::new();
-    if !link.up {
-        netlink.change_link(&link, LinkChange { up: true, ..LinkChange::default() }).await?;
-        changes.push(format!("{name}: set up (was down)"));
-    }
-
-    let forward: sysctl::Key<'_> = &["ipv4", "ip_forward"];
-    let loose: sysctl::Key<'_> = &["ipv4", "conf", name, "rp_filter"];
-    for (key, value) in [(forward, "1"), (loose, "2")] {
-        let before = sysctl::set(key, value)?;
-        changes.push(change(&format!("net.{} = {value}", key.join(".")), before.as_deref()));
-    }
-
-    let before = ethtool::get(name, Offload::RxVlan)?;
-    let rxvlan_off = match ethtool::set(name, Offload::RxVlan, false) {
-        Ok(on) => !on,
-        // Some drivers have it fixed. The caller does without XDP then.
-        Err(error @ EthtoolError::Refused { .. }) => {
-            log::debug!("{error}");
-            false
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if rxvlan_off {
-        changes.push(change(&format!("{name}: rxvlan off"), before.then_some("on")));
-    }
-
-    if !spec.gateways.is_empty() {
-        changes.extend(route_by_parent(&netlink, spec, &link).await?);
-    }
-    Ok(Prepared { ifindex: link.index, rxvlan_off, changes })
-}
-
-fn change(what: &str, before: Option<&str>) -> String {
-    match before {
-        Some(before) => format!("{what} (was {before})"),
-        None => what.to_owned(),
-    }
-}
-
-async fn route_by_parent(
-    netlink: &Netlink,
-    spec: &ParentSpec,
-    link: &Link,
-) -> Result<Vec<String>, WiringError> {
-    let mut changes = Vec::new();
-    let mut kept = Vec::new();
-    for &(subnet, gateway, gateway_mac) in &spec.gateways {
-        let subnet = subnet.trunc();
-        netlink.set_neighbour(link, gateway, gateway_mac).await?;
-        changes.push(format!("{}: neighbour {gateway} at {}", link.name, Mac(gateway_mac)));
-        let table = table_for(&netlink.own_default_routes().await?, link.index, gateway)?;
-        netlink.add_default_route(gateway, link, table, Existing::Replace).await?;
-        changes.push(format!("table {table}: default via {gateway} dev {} onlink", link.name));
-        for rule in rules(subnet, table) {
-            netlink.add_rule(rule).await?;
-            changes.push(format!("rule {}", DisplayRule(rule)));
-            kept.push(rule);
-        }
-    }
-    let spared = |rule: &SourceRule| kept.contains(rule);
-    remove_rules(netlink, link.index, &kept, spared).await?;
-    for route in parent_routes(netlink, link.index).await? {
-        if !kept.iter().any(|rule| rule.table == route.table) {
-            netlink.delete_default_route(route).await?;
-        }
-    }
-    Ok(changes)
-}
-
-fn rules(source: Ipv4Net, table: u32) -> [SourceRule; 2] {
-    let parent = SourceRule { priority: RULE_PARENT, source, table, suppress: None, mark: SERVICE_MARK };
-    [SourceRule { priority: RULE_MAIN, table: MAIN, suppress: Some(31), ..parent }, parent]
-}
-
-/// The table that has this default route already, or the first free one.
-fn table_for(routes: &[DefaultRoute], parent: u32, gateway: Ipv4Addr) -> Result<u32, WiringError> {
-    let own = routes.iter().find(|route| {
-        TABLES.contains(&route.table) && route.output == parent && route.gateway == Some(gateway)
-    });
-    own.map(|route| route.table)
-        .or_else(|| TABLES.clone().find(|table| routes.iter().all(|route| route.table != *table)))
-        .ok_or_else(|| {
-            NetlinkError::Request {
-                what: format!("find a free routing table of {} to {}", TABLES.start, TABLES.end - 1),
-                source: io::ErrorKind::StorageFull.into(),
-            }
-            .into()
-        })
-}
-
-async fn parent_routes(netlink: &Netlink, parent: u32) -> Result<Vec<DefaultRoute>, WiringError> {
-    let mut routes = netlink.own_default_routes().await?;
-    routes.retain(|route| route.output == parent && TABLES.contains(&route.table));
-    Ok(routes)
-}
-
-/// Removes the rules that lead to a parent's tables, and with them those of the same subnet for the main table, but
-/// for what is spared.
-async fn remove_rules(
-    netlink: &Netlink,
-    parent: u32,
-    kept: &[SourceRule],
-    spared: impl Fn(&SourceRule) -> bool,
-) -> Result<(), WiringError> {
-    let tables: Vec<u32> = parent_routes(netlink, parent).await?.iter().map(|route| route.table).collect();
-    let rules = netlink.source_rules().await?;
-    let leading = rules.iter().filter(|rule| rule.priority == RULE_PARENT && tables.contains(&rule.table));
-    for rule in leading.filter(|rule| !spared(rule)) {
-        netlink.delete_rule(*rule).await?;
-        let [main, _] = self::rules(rule.source, rule.table);
-        let shared = kept.contains(&main)
-            || rules.iter().any(|other| {
-                other.priority == RULE_PARENT && other.source == rule.source && other.table != rule.table
-            });
-        if !shared {
-            netlink.delete_rule(main).await?;
-        }
-    }
-    Ok(())
-}
-
-/// Takes back what [`prepare_parent`] did to the node's routing for this parent: rules, routes, neighbours. Settings
-/// and offloads stay, for nobody knows any more what they were. A parent that is gone took everything but the rules
-/// with it.
-pub async fn restore_parent(interface: &str) -> Result<(), WiringError> {
-    let netlink = Netlink::open()?;
-    let Some(link) = netlink.find_link(interface).await? else {
-        return remove_dead_rules(&netlink).await;
-    };
-    remove_rules(&netlink, link.index, &[], |_| false).await?;
-    for route in parent_routes(&netlink, link.index).await? {
-        netlink.delete_default_route(route).await?;
-    }
-    netlink.delete_own_neighbours(&link).await?;
-    remove_dead_rules(&netlink).await
-}
-
-/// Removes rules that lead to tables without a route, as are left when a parent was taken away.
-async fn remove_dead_rules(netlink: &Netlink) -> Result<(), WiringError> {
-    let routes = netlink.own_default_routes().await?;
-    let rules = netlink.source_rules().await?;
-    let alive = |rule: &SourceRule| routes.iter().any(|route| route.table == rule.table);
-    let parent_rules = || rules.iter().filter(|rule| rule.priority == RULE_PARENT);
-    for rule in parent_rules().filter(|rule| TABLES.contains(&rule.table) && !alive(rule)) {
-        netlink.delete_rule(*rule).await?;
-        if !parent_rules().any(|other| other.source == rule.source && alive(other)) {
-            let [main, _] = self::rules(rule.source, rule.table);
-            netlink.delete_rule(main).await?;
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::{fs::File, os::fd::AsRawFd as _, thread};
@@ -801,21 +596,8 @@ mod tests {
         assert!(alias(&spec).len() <= 255);
     }
 
-    #[test]
-    fn a_subnet_keeps_its_table_and_a_new_one_takes_a_free_one() {
-        let gateway = Ipv4Addr::new(10, 1, 16, 1);
-        let routes = [DefaultRoute { table: 2100, output: 5, gateway: Some(gateway) }];
-        assert_eq!(table_for(&[], 5, gateway).unwrap(), 2100);
-        assert_eq!(table_for(&routes, 5, gateway).unwrap(), 2100);
-        assert_eq!(table_for(&routes, 6, gateway).unwrap(), 2101);
-        assert_eq!(table_for(&routes, 5, Ipv4Addr::new(10, 1, 20, 1)).unwrap(), 2101);
-        let full: Vec<_> =
-            TABLES.map(|table| DefaultRoute { table, output: 1, gateway: Some(gateway) }).collect();
-        assert!(table_for(&full, 5, gateway).is_err());
-    }
-
-    const MAC_OF_POD: [u8; 6] = [0xfa, 0x16, 0x3e, 0, 1, 2];
-    const MAC_OF_GATEWAY: [u8; 6] = [0xfa, 0xff, 0xff, 0, 0, 1];
+    pub(super) const MAC_OF_POD: [u8; 6] = [0xfa, 0x16, 0x3e, 0, 1, 2];
+    pub(super) const MAC_OF_GATEWAY: [u8; 6] = [0xfa, 0xff, 0xff, 0, 0, 1];
 
     fn pod(netns: &Path) -> PodSpec {
         PodSpec {
@@ -836,7 +618,7 @@ mod tests {
 
     /// Runs `work` on a thread with a network namespace of its own, which ends with it. Namespaces need privileges;
     /// elsewhere there is nothing to look at.
-    fn on_a_node(work: impl AsyncFnOnce() + Send + 'static) {
+    pub(super) fn on_a_node(work: impl AsyncFnOnce() + Send + 'static) {
         thread::spawn(|| {
             if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
                 assert!(!nix::unistd::geteuid().is_root(), "{error}");
@@ -867,7 +649,7 @@ mod tests {
         (file, path)
     }
 
-    async fn add_parent(netlink: &Netlink, name: &str) {
+    pub(super) async fn add_parent(netlink: &Netlink, name: &str) {
         let here = Namespace::current().unwrap();
         let other = format!("{name}f");
         let (a, b) =
@@ -1005,57 +787,6 @@ mod tests {
                 .await
                 .unwrap();
             assert!(matches!(error, WiringError::ElsewherePeer { .. }), "{error}");
-        });
-    }
-
-    #[test]
-    fn parents_are_prepared_and_restored() {
-        on_a_node(async || {
-            let netlink = Netlink::open().unwrap();
-            add_parent(&netlink, "eth1").await;
-            add_parent(&netlink, "eth2").await;
-            let before = netlink.source_rules().await.unwrap();
-            let [a, b]: [Ipv4Net; 2] = ["10.1.16.0/22", "10.1.20.0/22"].map(|net| net.parse().unwrap());
-            let gateway = |net: Ipv4Net| (net, net.hosts().next().unwrap(), MAC_OF_GATEWAY);
-            let one = ParentSpec { interface: "eth1".to_owned(), gateways: vec![gateway(a), gateway(b)] };
-            let two = ParentSpec {
-                interface: "eth2".to_owned(),
-                gateways: vec![gateway("10.2.0.0/16".parse().unwrap())],
-            };
-            let prepared = prepare_parent(&one).await.unwrap();
-            assert!(prepared.rxvlan_off);
-            assert!(!ethtool::get("eth1", Offload::RxVlan).unwrap());
-            assert!(
-                prepared.changes.iter().any(|change| change == "eth1: rxvlan off (was on)"),
-                "{prepared:?}"
-            );
-            prepare_parent(&two).await.unwrap();
-            prepare_parent(&one).await.unwrap();
-            let rules = netlink.source_rules().await.unwrap();
-            assert_eq!(rules.len(), 6, "{rules:?}");
-            let mut tables: Vec<_> =
-                netlink.own_default_routes().await.unwrap().iter().map(|route| route.table).collect();
-            tables.sort_unstable();
-            assert_eq!(tables, [2100, 2101, 2102]);
-
-            let less = ParentSpec { gateways: vec![gateway(b)], ..one.clone() };
-            prepare_parent(&less).await.unwrap();
-            prepare_parent(&ParentSpec { gateways: vec![], ..one.clone() }).await.unwrap();
-            let rules = netlink.source_rules().await.unwrap();
-            assert!(rules.iter().all(|rule| rule.source != a), "{rules:?}");
-            assert_eq!(rules.len(), 4);
-
-            restore_parent("eth1").await.unwrap();
-            assert_eq!(netlink.source_rules().await.unwrap().len(), 2);
-            // Taken away: its route is gone, the rules are not.
-            let eth2 = netlink.link("eth2").await.unwrap();
-            netlink.delete_link(&eth2).await.unwrap();
-            restore_parent("eth2").await.unwrap();
-            assert_eq!(netlink.source_rules().await.unwrap(), before);
-
-            let missing = ParentSpec { interface: "eth9".to_owned(), gateways: vec![] };
-            let error = prepare_parent(&missing).await.unwrap_err().to_string();
-            assert!(error.contains("no interface eth9") && error.contains("eth1"), "{error}");
         });
     }
 }
