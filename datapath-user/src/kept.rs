@@ -3,20 +3,13 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
     path::{Path, PathBuf},
 };
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// Why a record is not kept.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot {action} {}: {source}", path.display())]
-pub struct KeptError {
-    action: &'static str,
-    path: PathBuf,
-    source: io::Error,
-}
+use crate::run_file::{self, RunFileError};
 
 /// Records by key. A key is part of a file's name: letters, digits, `_`, `.` and `-`.
 #[derive(Debug)]
@@ -31,11 +24,11 @@ impl<T: Serialize + DeserializeOwned> Kept<T> {
     /// # Errors
     ///
     /// When the directory cannot be made or read.
-    pub fn load(run_dir: &Path, name: &str) -> Result<Self, KeptError> {
+    pub fn load(run_dir: &Path, name: &str) -> Result<Self, RunFileError> {
         let dir = run_dir.join(name);
         let failed = |action| {
             let path = dir.clone();
-            move |source| KeptError { action, path, source }
+            move |source| RunFileError::Io { action, path, source }
         };
         fs::create_dir_all(&dir).map_err(failed("make the directory"))?;
         let mut all = BTreeMap::new();
@@ -61,12 +54,8 @@ impl<T: Serialize + DeserializeOwned> Kept<T> {
     /// # Errors
     ///
     /// When it cannot be written; then it is not kept.
-    pub fn put(&mut self, key: &str, record: T) -> Result<(), KeptError> {
-        let path = self.path(key);
-        let draft = self.dir.join(format!("{key}.new"));
-        let failed = |source| KeptError { action: "write", path: path.clone(), source };
-        let text = serde_json::to_vec(&record).map_err(|error| failed(error.into()))?;
-        fs::write(&draft, text).and_then(|()| fs::rename(&draft, &path)).map_err(failed)?;
+    pub fn put(&mut self, key: &str, record: T) -> Result<(), RunFileError> {
+        run_file::write(&self.path(key), &record)?;
         self.all.insert(key.to_owned(), record);
         Ok(())
     }
@@ -112,13 +101,13 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("eniway-kept-{}", std::process::id()));
         let mut kept: Kept<String> = Kept::load(&dir, "things").unwrap();
         kept.put("a.1", "one".to_owned()).unwrap();
-        fs::write(dir.join("things/x.new"), "half").unwrap();
+        fs::write(dir.join("things/x.json.new"), "half").unwrap();
         fs::write(dir.join("things/bad.json"), "{").unwrap();
         let mut again: Kept<String> = Kept::load(&dir, "things").unwrap();
         assert_eq!(again.keys().collect::<Vec<_>>(), ["a.1"]);
         assert_eq!(again.remove("a.1").as_deref(), Some("one"));
         assert_eq!(again.remove("a.1"), None);
-        assert!(!dir.join("things/x.new").exists() && !dir.join("things/a.1.json").exists());
+        assert!(!dir.join("things/x.json.new").exists() && !dir.join("things/a.1.json").exists());
         fs::remove_dir_all(dir).unwrap();
     }
 }

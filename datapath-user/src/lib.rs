@@ -27,6 +27,7 @@ pub mod object;
 pub mod pin;
 pub mod policy;
 pub mod reconcile;
+pub mod run_file;
 pub mod source;
 pub mod status;
 mod sys;

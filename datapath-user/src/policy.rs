@@ -2,7 +2,6 @@
 //! what is in force, but no names; this file has the rules and whom they are about.
 
 use std::{
-    fs, io,
     net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
@@ -12,31 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::FastPath,
+    run_file::{self, RunFileError},
     source::{Desired, Pod},
 };
-
-/// Why the file cannot be read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum PolicyStateError {
-    /// The file cannot be read or written.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The file says something else.
-    #[error("{} was not written by this version of eniway: {source}", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where.
-        source: serde_json::Error,
-    },
-}
 
 /// The groups, and the pods that they are about.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,14 +71,8 @@ impl PolicyState {
     /// # Errors
     ///
     /// When there is a file that cannot be read or understood.
-    pub fn read(run_dir: &Path) -> Result<Option<Self>, PolicyStateError> {
-        let path = Self::path(run_dir);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(PolicyStateError::Io { action: "read", path, source }),
-        };
-        serde_json::from_slice(&text).map(Some).map_err(|source| PolicyStateError::Parse { path, source })
+    pub fn read(run_dir: &Path) -> Result<Option<Self>, RunFileError> {
+        run_file::read(&Self::path(run_dir))
     }
 
     /// Replaces the file.
@@ -109,15 +80,7 @@ impl PolicyState {
     /// # Errors
     ///
     /// When it cannot be written.
-    pub fn write(&self, run_dir: &Path) -> Result<(), PolicyStateError> {
-        let path = Self::path(run_dir);
-        let new = path.with_extension("json.new");
-        let io = |action, path: &Path| {
-            let path = path.to_owned();
-            move |source| PolicyStateError::Io { action, path, source }
-        };
-        let text = serde_json::to_vec_pretty(self).map_err(io::Error::from).map_err(io("write", &new))?;
-        fs::write(&new, text).map_err(io("write", &new))?;
-        fs::rename(&new, &path).map_err(io("replace", &path))
+    pub fn write(&self, run_dir: &Path) -> Result<(), RunFileError> {
+        run_file::write(&Self::path(run_dir), self)
     }
 }

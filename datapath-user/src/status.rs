@@ -2,14 +2,16 @@
 //! in the kernel's tables; this file adds names, wishes and errors.
 
 use std::{
-    fs, io,
     net::Ipv4Addr,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::net::Mac;
+use crate::{
+    net::Mac,
+    run_file::{self, RunFileError},
+};
 
 /// Why the status cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -20,24 +22,9 @@ pub enum StatusError {
         /// The file.
         path: PathBuf,
     },
-    /// The file cannot be read or written.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The file says something else.
-    #[error("{} was not written by this version of eniway: {source}", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where.
-        source: serde_json::Error,
-    },
+    /// The file.
+    #[error(transparent)]
+    File(#[from] RunFileError),
 }
 
 /// The agent's state.
@@ -142,14 +129,7 @@ impl Status {
     /// When there is none, or it is not ours.
     pub fn read(run_dir: &Path) -> Result<Self, StatusError> {
         let path = Self::path(run_dir);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(StatusError::Missing { path });
-            }
-            Err(source) => return Err(StatusError::Io { action: "read", path, source }),
-        };
-        serde_json::from_slice(&text).map_err(|source| StatusError::Parse { path, source })
+        run_file::read(&path)?.ok_or(StatusError::Missing { path })
     }
 
     /// Replaces the file; a reader sees the old one or the new one.
@@ -158,20 +138,14 @@ impl Status {
     ///
     /// When the directory cannot be written.
     pub fn write(&self, run_dir: &Path) -> Result<(), StatusError> {
-        let path = Self::path(run_dir);
-        let parse = |source| StatusError::Parse { path: path.clone(), source };
-        let text = serde_json::to_vec_pretty(self).map_err(parse)?;
-        let draft = run_dir.join("status.json.new");
-        fs::write(&draft, text).and_then(|()| fs::rename(&draft, &path)).map_err(|source| StatusError::Io {
-            action: "write",
-            path: path.clone(),
-            source,
-        })
+        Ok(run_file::write(&Self::path(run_dir), self)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "test code")]
 
+mod common;
+
 use std::{
     fs,
     net::SocketAddr,
@@ -11,10 +13,10 @@ use std::{
     time::Duration,
 };
 
+use self::common::request;
 use eniway_ipam::{
-    Acknowledgement, AddressRequest, AllocateRequest, Allocation, AllocationChange, Allocator, Confirm,
-    EmbeddedStore, MemoryVpc, Node, NodeKind, Notice, Parent, PodKey, Policy, Position, Settings, Subnet,
-    SystemClock,
+    Acknowledgement, Allocation, AllocationChange, Allocator, Confirm, EmbeddedStore, MemoryVpc, Node,
+    NodeKind, Notice, Parent, PodKey, Policy, Position, Settings, Subnet, SystemClock,
     api::{RefusedByAgent, Released},
     net::Mac,
     rpc::{self, Address, Client, ClientError, Event, Follower, Listener, ServeError, Tls, proto::Reason},
@@ -118,21 +120,7 @@ fn node(name: &str, limit: u32) -> Node {
 }
 
 fn key(pod: &str) -> PodKey {
-    PodKey { uid: format!("uid-{pod}"), container_id: format!("container-{pod}") }
-}
-
-fn request(node: &str, pod: &str) -> AllocateRequest {
-    AllocateRequest {
-        node: node.into(),
-        key: key(pod),
-        namespace: "default".into(),
-        name: pod.into(),
-        netns: None,
-        interface: "eth0".into(),
-        address: AddressRequest::Pool,
-        security_groups: None,
-        timeout: None,
-    }
+    request("", pod).key
 }
 
 async fn next(follower: &mut Follower) -> Notice {

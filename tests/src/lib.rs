@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod demo;
+pub mod dice;
 pub mod equivalence;
 pub mod faults;
 pub mod lab;

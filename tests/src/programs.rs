@@ -82,14 +82,10 @@ impl Hook {
         Self::NicEgress,
     ];
     /// Those at tc.
-    pub const TC: [Self; 6] = [
-        Self::EniIngress,
-        Self::EniEgress,
-        Self::PodEgress,
-        Self::PodIngress,
-        Self::NicIngress,
-        Self::NicEgress,
-    ];
+    pub const TC: &[Self] = {
+        let [Self::EniXdp, tc @ ..] = &Self::ALL else { panic!("XDP is not the first") };
+        tc
+    };
 
     /// The program's name.
     pub const fn name(self) -> &'static str {
@@ -245,7 +241,7 @@ impl Programs {
             }
         }
         let mut programs = Self { maps: Maps::of(&ebpf)?, ebpf, probes: BTreeMap::new() };
-        for hook in Hook::TC {
+        for &hook in Hook::TC {
             let probe = Probe::before(hook.name(), programs.fd(hook)?)?;
             programs.probes.insert(hook, probe);
         }

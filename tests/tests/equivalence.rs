@@ -31,8 +31,11 @@ use datapath_user::{
     config::{FastPath, Limits, Xdp},
     object::Constants,
 };
-use eniway_tests::programs::{
-    Counts, Hook, Input, Output, Programs, ProgramsError, hex, now, private_netns, tc, write_pcap, xdp,
+use eniway_tests::{
+    dice::Dice,
+    programs::{
+        Counts, Hook, Input, Output, Programs, ProgramsError, hex, now, private_netns, tc, write_pcap, xdp,
+    },
 };
 
 /// Packets in all, unless said otherwise.
@@ -41,34 +44,6 @@ const PACKETS: u64 = 100_000;
 const ROUND: u64 = 2_500;
 /// An interface without a record.
 const NOBODYS: u32 = 1;
-
-// ---- Chance.
-
-/// SplitMix64 (Steele, Lea, Flood 2014): small, and the same everywhere.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.roll() % n as u64) as usize
-    }
-
-    /// True once in `n` times.
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len())]
-    }
-}
 
 // ---- Packets.
 

@@ -174,7 +174,7 @@ impl Agent {
             return Err(Refused::Exists(known.clone()));
         }
         let container_id = attachment.container_id.clone();
-        let unkept = |error: crate::kept::KeptError| Refused::Unkept(error.to_string());
+        let unkept = |error: crate::run_file::RunFileError| Refused::Unkept(error.to_string());
         if let Feed::File(file) = &self.source {
             let path = file.path().to_owned();
             let Some(document) = &self.document else {

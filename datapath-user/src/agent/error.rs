@@ -5,8 +5,8 @@ use std::{io, path::PathBuf};
 use eniway_ipam::rpc::{ClientError, ServeError};
 
 use crate::{
-    attach::AttachError, feature::FeatureError, ipam::IpamError, kept::KeptError, lock::LockError,
-    netlink::NetlinkError, netns::NetnsError, nic::NicError, object::ObjectError, pin::PinError,
+    attach::AttachError, feature::FeatureError, ipam::IpamError, lock::LockError, netlink::NetlinkError,
+    netns::NetnsError, nic::NicError, object::ObjectError, pin::PinError, run_file::RunFileError,
     source::file::SourceError, status::StatusError, tables::TablesError, wiring::WiringError,
 };
 
@@ -66,7 +66,7 @@ pub enum AgentError {
     Nic(Box<NicError>),
     /// What is kept between two agents.
     #[error(transparent)]
-    Kept(#[from] KeptError),
+    Kept(#[from] RunFileError),
     /// The socket for the CNI plugin.
     #[error(transparent)]
     Serve(#[from] ServeError),

@@ -42,7 +42,7 @@ pub enum CliError {
     Status(#[from] StatusError),
     /// The agent's file of security groups.
     #[error(transparent)]
-    Policy(#[from] crate::policy::PolicyStateError),
+    Policy(#[from] crate::run_file::RunFileError),
     /// The pinned tables.
     #[error(transparent)]
     Tables(#[from] TablesError),

@@ -8,37 +8,13 @@ use eniway_policy::model::{
 };
 
 use super::{Case, Pod, Step};
-use crate::lab::groups::{
-    Packet,
-    packet::{ICMP, Part, Quote, TCP, Transport, UDP, flag},
+use crate::{
+    dice::Dice,
+    lab::groups::{
+        Packet,
+        packet::{ICMP, Part, Quote, TCP, Transport, UDP, flag},
+    },
 };
-
-/// SplitMix64 (Steele, Lea, Flood 2014): small, and the same everywhere.
-#[derive(Clone, Debug)]
-pub struct Dice(pub u64);
-
-impl Dice {
-    fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.roll() % n as u64) as usize
-    }
-
-    /// True so many times in a hundred.
-    fn percent(&mut self, n: usize) -> bool {
-        self.below(100) < n
-    }
-
-    fn of<T: Clone>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len())].clone()
-    }
-}
 
 /// How much there is of a case.
 #[derive(Clone, Copy, Debug)]

@@ -8,8 +8,9 @@ mod kernel;
 mod shrink;
 mod world;
 
+pub use crate::dice::Dice;
 pub use case::{Case, Pod, State, Step};
-pub use generate::{Dice, PODS, Size};
+pub use generate::{PODS, Size};
 pub use host::HostNode;
 pub use kernel::KernelNode;
 pub use shrink::shrink;
