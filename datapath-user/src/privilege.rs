@@ -59,7 +59,7 @@ pub const NEEDS: [Need; 4] = [
     },
     Need {
         capability: Capability::CAP_PERFMON,
-        purpose: "to load programs without the guards against speculation, which make each look-up slower",
+        purpose: "to load programs: without it the verifier refuses some, and guards look-ups in others",
         kept: false,
     },
     Need {

@@ -6,8 +6,9 @@ use eniway_ipam::rpc::{ClientError, ServeError};
 
 use crate::{
     attach::AttachError, feature::FeatureError, ipam::IpamError, lock::LockError, netlink::NetlinkError,
-    netns::NetnsError, nic::NicError, object::ObjectError, pin::PinError, privilege::PrivilegeError, run_file::RunFileError, service::ServiceError,
-    source::file::SourceError, status::StatusError, tables::TablesError, wiring::WiringError,
+    netns::NetnsError, nic::NicError, object::ObjectError, pin::PinError, privilege::PrivilegeError,
+    run_file::RunFileError, service::ServiceError, source::file::SourceError, status::StatusError,
+    tables::TablesError, wiring::WiringError,
 };
 
 /// Why the agent does not run.

@@ -48,9 +48,6 @@ struct Options {
     /// How many pods the node has: the one that is measured with one other, and many.
     #[arg(long, value_delimiter = ',', default_values_t = PODS_ON_NODE)]
     pods: Vec<u16>,
-    /// Load the programs without CAP_PERFMON: the kernel then guards each look-up against speculation.
-    #[arg(long)]
-    guarded: bool,
 }
 
 /// How many pods the node has: the one that is measured with one other, and many.
@@ -405,12 +402,6 @@ fn main() -> Result<()> {
         "--pods: from 2 to {MOST_PODS}"
     );
     private_netns(&[A.ifindex, B.ifindex]);
-    if options.guarded {
-        // CAP_SYS_ADMIN contains it.
-        for capability in [caps::Capability::CAP_PERFMON, caps::Capability::CAP_SYS_ADMIN] {
-            caps::drop(None, caps::CapSet::Effective, capability)?;
-        }
-    }
     let cases = cases();
     let mut benches = vec![];
     for &endpoints in &options.pods {
