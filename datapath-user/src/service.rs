@@ -3,7 +3,7 @@
 
 use std::{
     env,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fmt::Write as _,
     io,
     os::{
@@ -47,7 +47,7 @@ impl Service {
     ///
     /// When it names a socket that cannot be reached.
     pub fn from_environment() -> Result<Self, ServiceError> {
-        let socket = env::var_os("NOTIFY_SOCKET").map(connect).transpose()?;
+        let socket = env::var_os("NOTIFY_SOCKET").map(|address| connect(&address)).transpose()?;
         let for_us = env::var("WATCHDOG_PID").map_or(true, |pid| pid == std::process::id().to_string());
         let watchdog = env::var("WATCHDOG_USEC").ok().and_then(|text| text.parse().ok());
         let watchdog = watchdog.filter(|micros| *micros > 0 && for_us && socket.is_some());
@@ -102,18 +102,18 @@ impl Service {
     }
 }
 
-fn connect(address: OsString) -> Result<UnixDatagram, ServiceError> {
+fn connect(address: &OsStr) -> Result<UnixDatagram, ServiceError> {
     let socket = || {
         let to = match address.as_bytes().split_first() {
             Some((b'@', name)) => SocketAddr::from_abstract_name(name)?,
-            _ => SocketAddr::from_pathname(&address)?,
+            _ => SocketAddr::from_pathname(address)?,
         };
         let socket = UnixDatagram::unbound()?;
         socket.connect_addr(&to)?;
         socket.set_nonblocking(true)?;
         Ok(socket)
     };
-    socket().map_err(|source| ServiceError::Socket { address: address.clone(), source })
+    socket().map_err(|source| ServiceError::Socket { address: address.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn a_socket_that_is_not_there_is_named() {
-        let error = connect("/nonexistent/notify".into()).unwrap_err().to_string();
+        let error = connect("/nonexistent/notify".as_ref()).unwrap_err().to_string();
         assert!(error.contains("/nonexistent/notify") && error.contains("NOTIFY_SOCKET"), "{error}");
     }
 }

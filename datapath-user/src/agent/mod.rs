@@ -228,6 +228,10 @@ impl Agent {
     }
 
     /// Loads the programs, takes over what the tables hold, and attaches.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each stands before anything is changed, and becomes a part of the agent"
+    )]
     fn attach(
         config: Config,
         kind: TcKind,
