@@ -42,7 +42,7 @@ pub use self::{error::AgentError, listen::confirm};
 use crate::{
     api,
     attachment::Attachment,
-    config::{self, Config, Metadata, Xdp},
+    config::{self, Config, Metadata},
     detach, feature,
     feature::TcKind,
     grace::Grace,
@@ -50,9 +50,11 @@ use crate::{
     lock::{self, Lock},
     net, netlink,
     nic::Nic,
-    object::{self, Constants, program},
+    object,
     pin::Pins,
+    privilege::{self, Loader},
     reconcile::{self, Plan},
+    service::Service,
     source::{Desired, Pod, Snapshot, file::SourceError},
     status::Status,
     tables::{Live, Maps, Tables, TablesError},
@@ -88,6 +90,7 @@ pub enum Until {
 pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(AgentError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(AgentError::Signal)?;
+    let mut service = Service::from_environment()?;
     let mut agent = Agent::start(config, until).await?;
     if until == Until::Applied {
         return agent.completeness();
@@ -99,6 +102,7 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
     // What is new goes to the status file once that is due, after everybody who waits for an answer has it.
     let mut report_due = None;
     loop {
+        service.tell(agent.status.ready, agent.summary());
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -111,6 +115,11 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
             },
             _ = ticks.tick() => agent.tick().await,
             Some(ask) = asks.recv() => agent.ask(ask).await,
+            () = sleep_until(service.due()) => {
+                // Given by the loop itself: one that hangs gives none.
+                service.alive();
+                continue;
+            }
             () = sleep_until(report_due) => {
                 agent.report();
                 report_due = None;
@@ -120,6 +129,7 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
         agent.answer_waiters();
         report_due.get_or_insert(agent.next_report);
     }
+    service.stopping();
     // With the socket's file gone, the plugin says at once that the agent is away.
     server.abort();
     let _ = server.await;
@@ -178,7 +188,7 @@ struct Agent {
 impl Agent {
     async fn start(config: Config, until: Until) -> Result<Self, AgentError> {
         // Nothing is changed until all of this stands.
-        feature::check_privileges()?;
+        let loader = privilege::keep_what_is_needed()?;
         let run_lock = lock::lock_run_dir(&config.run_dir)?;
         let kind = feature::probe()?;
         parent::ifindexes(&config)?;
@@ -200,14 +210,15 @@ impl Agent {
 
         let grace = Rc::new(Grace::new(&config.run_dir));
         let short = grace.expedite();
-        let started = Self::attach(config, kind, Rc::clone(&grace), pins.clone(), addresses, source, locks);
+        let started =
+            Self::attach(config, kind, Rc::clone(&grace), pins.clone(), addresses, source, locks, &loader);
         let mut agent = started.inspect_err(|_| {
             // Where nothing was, nothing is left.
             if fresh && let Err(error) = pins.remove_all() {
                 log::error!("{error}");
             }
         })?;
-        drop(short);
+        drop((short, loader));
         agent.take(first).await;
         if until == Until::Applied {
             agent.hear_first().await;
@@ -217,6 +228,10 @@ impl Agent {
     }
 
     /// Loads the programs, takes over what the tables hold, and attaches.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each stands before anything is changed, and becomes a part of the agent"
+    )]
     fn attach(
         config: Config,
         kind: TcKind,
@@ -225,23 +240,19 @@ impl Agent {
         addresses: Vec<IpAddr>,
         source: Feed,
         locks: [Lock; 2],
+        loader: &Loader,
     ) -> Result<Self, AgentError> {
         let ifindexes = parent::ifindexes(&config)?;
 
         // The kernel's verifier passes everything before anything is attached.
-        let constants = Constants { fast_path: config.fast_path, parent: 0, xdp: Xdp::Off };
-        let mut pods = object::open(constants, &config.limits, Some(&pins))?;
-        object::tc(&mut pods, program::POD_EGRESS)?;
-        object::tc(&mut pods, program::POD_INGRESS)?;
-        object::tc(&mut pods, program::NIC_INGRESS)?;
-        object::tc(&mut pods, program::NIC_EGRESS)?;
+        let pods = object::load_for_pods(&config, &pins, loader)?;
         let mut tables = Tables::new(Maps::open(&pins)?)?;
         let indexes = parent::numbers(&ifindexes, tables.pods());
         let parents = config
             .parents
             .iter()
             .zip(ifindexes.iter().zip(indexes))
-            .map(|(parent, (ifindex, index))| Parent::load(&config, parent, *ifindex, index, &pins))
+            .map(|(parent, (ifindex, index))| Parent::load(&config, parent, *ifindex, index, &pins, loader))
             .collect::<Result<Vec<_>, _>>()?;
 
         let swept = tables.sweep()?;
