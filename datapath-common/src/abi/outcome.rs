@@ -135,7 +135,7 @@ outcomes! {
 }
 
 /// One more than the largest number an outcome may have.
-pub const OUTCOMES: usize = 64;
+pub const OUTCOMES: usize = if cfg!(feature = "next-abi") { 128 } else { 64 };
 
 /// Which way a packet goes, seen from the pod.
 #[repr(u8)]
@@ -180,7 +180,7 @@ pub struct CounterRow {
 
 const _: () = {
     assert!(size_of::<Counter>() == 16);
-    assert!(size_of::<CounterRow>() == 2048);
+    assert!(size_of::<CounterRow>() == 32 * OUTCOMES);
     let mut i = 0;
     while i < Outcome::ALL.len() {
         assert!((Outcome::ALL[i] as usize) < OUTCOMES);
