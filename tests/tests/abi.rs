@@ -27,7 +27,7 @@ fn snapshot() -> String {
             line(out, format_args!("struct {name}.{}: {} at {}", field.name, field.size, field.offset));
         }
     }
-    for Table { map, key, value } in layout::TABLES {
+    for Table { map, key, value } in layout::TABLES.into_iter().chain([layout::CARRIED]) {
         line(out, format_args!("map {map}: {} ({}) -> {} ({})", key.name, key.size, value.name, value.size));
     }
     for constant in [maps::FAST_PATH, maps::PARENT_INDEX, maps::XDP_REDIRECT] {

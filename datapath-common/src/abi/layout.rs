@@ -7,7 +7,7 @@
 use core::mem::{offset_of, size_of};
 
 use super::{
-    Admitted, Counter, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+    Admitted, Carried, Counter, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
     maps::{self, VipKey},
     outcome::OUTCOMES,
     policy::{ClassGroups, Page, ProgramRow, VerdictRow},
@@ -126,6 +126,18 @@ const COUNTER_ROW: Record = Record {
         Field { name: "egress (packets, bytes)", offset: HALF, size: HALF },
     ],
 };
+const ROW: usize = size_of::<CounterRow>();
+const CARRIED_ROW: Record = Record {
+    name: "Carried",
+    size: size_of::<Carried>(),
+    fields: &[
+        Field { name: "from", offset: 0, size: 8 },
+        Field { name: "base ingress (packets, bytes)", offset: 8, size: HALF },
+        Field { name: "base egress (packets, bytes)", offset: 8 + HALF, size: HALF },
+        Field { name: "pending ingress (packets, bytes)", offset: 8 + ROW, size: HALF },
+        Field { name: "pending egress (packets, bytes)", offset: 8 + ROW + HALF, size: HALF },
+    ],
+};
 const PREFIX: Record = Record {
     name: "prefix",
     size: 8,
@@ -140,7 +152,7 @@ const IPV6: Record = plain!([u8; 16], "ipv6");
 const FLAGS: Record = plain!(u32, "flags");
 
 /// All structs.
-pub const RECORDS: [Record; 14] = [
+pub const RECORDS: [Record; 15] = [
     ENDPOINT,
     FLOW_KEY,
     FLOW,
@@ -155,6 +167,7 @@ pub const RECORDS: [Record; 14] = [
     VIP_KEY,
     COUNTER,
     COUNTER_ROW,
+    CARRIED_ROW,
 ];
 
 /// All maps, as in [`maps::ALL`].
@@ -189,6 +202,9 @@ pub const TABLES: [Table; maps::ALL.len()] = [
     Table { map: maps::PAIRS, key: PAIR_KEY, value: ADMITTED },
     Table { map: maps::PAIR_MARK, key: ID, value: MARK },
 ];
+
+/// [`maps::CARRIED`], which no program uses.
+pub const CARRIED: Table = Table { map: maps::CARRIED, key: ID, value: CARRIED_ROW };
 
 #[cfg(test)]
 mod tests {

@@ -13,7 +13,7 @@ pub mod policy;
 
 pub use endpoint::Endpoint;
 pub use flow::{Door, Flow, FlowKey, Fragment, FragmentKey, Origin};
-pub use outcome::{Counter, CounterRow, Direction, Outcome};
+pub use outcome::{Carried, Counter, CounterRow, Direction, Outcome};
 pub use policy::{Admitted, PairKey};
 
 /// The version of all layouts in this module. It is part of the pin path.

@@ -178,6 +178,21 @@ pub struct CounterRow {
     pub counters: [Counter; 2 * OUTCOMES],
 }
 
+/// Value of map `CARRIED`: what a pod's counters had come to in maps of other layouts. The pod's counters are this and those of
+/// `COUNTERS` together.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carried {
+    /// The kernel's id of the map that `pending` was read from.
+    pub from: u64,
+    /// What is final.
+    pub base: CounterRow,
+    /// What that map held when it was last read.
+    pub pending: CounterRow,
+}
+
+const _: () = assert!(size_of::<Carried>() == 8 + 2 * size_of::<CounterRow>());
+
 const _: () = {
     assert!(size_of::<Counter>() == 16);
     assert!(size_of::<CounterRow>() == 32 * OUTCOMES);
@@ -196,6 +211,14 @@ impl CounterRow {
     #[inline(always)]
     pub const fn index(direction: Direction, outcome: Outcome) -> usize {
         direction as usize * OUTCOMES + outcome as usize
+    }
+
+    /// Adds another row's counters.
+    pub fn add(&mut self, other: &Self) {
+        for (sum, counter) in self.counters.iter_mut().zip(&other.counters) {
+            sum.packets += counter.packets;
+            sum.bytes += counter.bytes;
+        }
     }
 
     /// The counter of one outcome.

@@ -7,7 +7,8 @@ use eniway_ipam::rpc::{ClientError, ServeError};
 use crate::{
     attach::AttachError, feature::FeatureError, ipam::IpamError, lock::LockError, netlink::NetlinkError,
     netns::NetnsError, nic::NicError, object::ObjectError, pin::PinError, run_file::RunFileError,
-    source::file::SourceError, status::StatusError, tables::TablesError, wiring::WiringError,
+    source::file::SourceError, status::StatusError, tables::TablesError, takeover::TakeoverError,
+    wiring::WiringError,
 };
 
 /// Why the agent does not run.
@@ -43,6 +44,9 @@ pub enum AgentError {
     /// A pod's namespace.
     #[error(transparent)]
     Netns(#[from] NetnsError),
+    /// What another version has left.
+    #[error(transparent)]
+    Takeover(#[from] TakeoverError),
     /// The programs.
     #[error(transparent)]
     Object(#[from] ObjectError),
