@@ -14,6 +14,8 @@
 mod counters;
 mod description;
 mod raw;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::HashMap, io, os::fd::AsFd, path::PathBuf};
 

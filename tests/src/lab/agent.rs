@@ -402,7 +402,7 @@ pub fn next_agent() -> Result<PathBuf> {
         .find(|path| path.is_file())
         .ok_or_else(|| {
             Error::Unknown(format!(
-                "binary `next-abi/eniway` near {} (`cargo xtask lab build-next`)",
+                "binary `next-abi/eniway` near {} (`cargo xtask next-abi`)",
                 own.display()
             ))
         })

@@ -231,7 +231,16 @@ impl Node {
     ///
     /// When it cannot be started, or does not become ready.
     pub fn start_agent(&mut self) -> Result<()> {
-        self.spawn_agent()?;
+        self.start_agent_as(&eniway_binary()?)
+    }
+
+    /// As [`start_agent`](Self::start_agent), with another binary.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started, or does not become ready.
+    pub fn start_agent_as(&mut self, binary: &Path) -> Result<()> {
+        self.spawn_agent(binary)?;
         self.wait("the agent is ready", |node| Ok(node.plugin("STATUS", None, json!({}))?.ok))
     }
 
@@ -251,7 +260,7 @@ impl Node {
             addresses: Vec::new(),
         };
         let begin = Instant::now();
-        self.spawn_agent()?;
+        self.spawn_agent(&eniway_binary()?)?;
         let ready = async {
             loop {
                 if let Ok(channel) = endpoint.connect().await {
@@ -270,11 +279,11 @@ impl Node {
         runtime.block_on(async { tokio::time::timeout(SOON, ready).await }).map_err(late)
     }
 
-    fn spawn_agent(&mut self) -> Result<()> {
+    fn spawn_agent(&mut self, binary: &Path) -> Result<()> {
         let path = self.path("agent.log");
         let log = fs::OpenOptions::new().create(true).append(true).open(&path);
         let log = log.map_err(io_error(format!("opening {}", path.display())))?;
-        let mut command = self.netns().command(eniway_binary()?)?;
+        let mut command = self.netns().command(binary)?;
         command.args(["agent", "--config"]).arg(self.path("agent.toml")).stdout(Stdio::null()).stderr(log);
         self.agent = Some(command.spawn().map_err(io_error("starting the agent"))?);
         Ok(())
@@ -417,7 +426,7 @@ impl Node {
             traces.extend(given.iter().map(|one| format!("address of {}", one["name"])));
         }
         for (dir, what) in [
-            (self.pin_dir().join("v1/links"), "pin"),
+            (pins.links_dir(), "pin"),
             (self.run_dir().join("attachments"), "attachment"),
             (self.run_dir().join("enis"), "ENI in a pod"),
         ] {
