@@ -27,7 +27,7 @@ use std::{
 use datapath_user::{pin::Pins, tables::Maps};
 use eniway_policy::model::{GroupList, Groups};
 use eniway_tests::lab::{
-    Agent, Lab, Netns, Pod, PodSpec, Protocol, VipSpec,
+    Agent, Lab, Netns, Pod, PodSpec, Protocol, VipSpec, XdpMode,
     agent::{READY, Signal, eniway_binary, next_agent},
     net::{UdpEcho, tcp_connect},
 };
@@ -43,7 +43,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Between two datagrams of a stream.
 const GAP: Duration = Duration::from_millis(1);
 
-fn lab(id: &str) -> Result<Lab> {
+fn lab(id: &str, xdp: XdpMode) -> Result<Lab> {
     let allow = |protocol: &str, ports: &str| json!({"direction": "ingress", "action": "allow", "protocol": protocol, "ports": ports, "group": "client"});
     let groups: Groups = serde_json::from_value(json!({"security_groups": [
         {"id": "client", "rules": [{"direction": "egress", "action": "allow"}]},
@@ -78,6 +78,7 @@ fn lab(id: &str) -> Result<Lab> {
         .vip(vip(Protocol::Udp, REST))
         .vip(vip(Protocol::Tcp, TALK))
         .security_groups(groups)
+        .xdp(xdp)
         .groups_of("a", list("client")?)
         .groups_of("d", list("client")?)
         .groups_of("b", list("server")?)
@@ -314,7 +315,7 @@ fn places(agent: &Agent) -> Result<Vec<String>> {
 
 #[test]
 fn up_down_and_up_again_nothing_is_lost() -> Result {
-    let lab = lab("abi-up")?;
+    let lab = lab("abi-up", XdpMode::Off)?;
     let agent = lab.agent("n")?;
     let [this, next] = Version::both()?;
     let before = places(agent)?;
@@ -378,7 +379,7 @@ fn dies(agent: &Agent, version: &Version, step: u32) -> Result<bool> {
 
 #[test]
 fn killed_at_any_step_either_version_goes_on() -> Result {
-    let lab = lab("abi-kill")?;
+    let lab = lab("abi-kill", XdpMode::Off)?;
     let agent = lab.agent("n")?;
     let [this, next] = Version::both()?;
     let before = places(agent)?;
@@ -420,7 +421,7 @@ fn killed_at_any_step_either_version_goes_on() -> Result {
 
 #[test]
 fn agents_of_two_versions_do_not_run_at_once() -> Result {
-    let lab = lab("abi-two")?;
+    let lab = lab("abi-two", XdpMode::Off)?;
     let agent = lab.agent("n")?;
     let pid = agent.pid();
     let [_, next] = Version::both()?;
@@ -459,8 +460,8 @@ fn tree(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 #[test]
-fn without_a_description_nothing_is_changed() -> Result {
-    let lab = lab("abi-none")?;
+fn without_a_description_nothing_is_changed_and_with_one_xdp_goes_over() -> Result {
+    let lab = lab("abi-none", XdpMode::Redirect)?;
     let agent = lab.agent("n")?;
     let [this, next] = Version::both()?;
     let mut traffic = Traffic::begin(&lab)?;
@@ -482,6 +483,15 @@ fn without_a_description_nothing_is_changed() -> Result {
     traffic.stands("refused")?;
     this.start(agent)?;
     traffic.stands("as before")?;
+    // Started again it has left one. XDP goes over, too.
+    for version in [&next, &this] {
+        agent.stop(Signal::SIGTERM)?;
+        version.start(agent)?;
+        version.is_alone(agent)?;
+        let links = tree(&agent.pin_dir().join(format!("v{}/links", version.number)))?;
+        assert!(links.iter().any(|link| link.ends_with("parent-eth1-xdp")), "{links:?}");
+        traffic.stands(&format!("version {}", version.number))?;
+    }
     traffic.end()?;
     // The other version's detach removes this one's.
     agent.stop(Signal::SIGTERM)?;

@@ -199,8 +199,7 @@ impl Agent {
 
         let grace = Rc::new(Grace::new(&config.run_dir));
         let short = grace.expedite();
-        let started =
-            Self::attach(config, kind, Rc::clone(&grace), pins.clone(), takeover, addresses, source, locks);
+        let started = Self::attach(config, kind, Rc::clone(&grace), takeover, addresses, source, locks);
         let mut agent = started.inspect_err(|_| {
             // Where nothing was, nothing is left; what was not used yet goes.
             let removed = if fresh { pins.remove_all() } else { pins.remove_remains() };
@@ -222,13 +221,13 @@ impl Agent {
         config: Config,
         kind: TcKind,
         grace: Rc<Grace>,
-        pins: Pins,
         mut takeover: Takeover,
         addresses: Vec<IpAddr>,
         source: Feed,
         locks: [Lock; 2],
     ) -> Result<Self, AgentError> {
         let ifindexes = parent::ifindexes(&config)?;
+        let pins = takeover.pins().clone();
 
         // The kernel's verifier passes everything before anything is attached.
         let constants = Constants { fast_path: config.fast_path, parent: 0, xdp: Xdp::Off };

@@ -1,6 +1,6 @@
 //! The agent's part in taking over from another version: its tables, and programs for the other's links.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Instant};
 
 use aya::{Ebpf, programs::loaded_programs};
 use datapath_common::abi::maps::MAX_PARENTS;
@@ -49,12 +49,9 @@ impl Agent {
             return Ok(());
         }
         let mut orphans = self.orphans()?;
-        let links: Vec<(String, LinkOf)> = takeover
-            .links()?
-            .into_iter()
-            .filter_map(|name| Some((LinkOf::parse(&name)?, name)))
-            .map(|(of, name)| (name, of))
-            .collect();
+        let began = Instant::now();
+        let parsed = |name: String| LinkOf::parse(&name).map(|of| (name, of));
+        let links: Vec<(String, LinkOf)> = takeover.links()?.into_iter().filter_map(parsed).collect();
         for (name, of) in &links {
             if let LinkOf::Pod(ifindex, hook) = of {
                 self.take_pod_link(takeover, name, *ifindex, *hook)?;
@@ -67,6 +64,7 @@ impl Agent {
             }
         }
         takeover.copy_memories()?;
+        log::debug!("swapped {} links in {:.1} ms", links.len(), began.elapsed().as_secs_f64() * 1e3);
         self.attach_orphans(&mut orphans)
     }
 

@@ -9,7 +9,7 @@ use std::os::fd::AsFd as _;
 use aya::maps::MapType;
 use datapath_common::abi::{layout, maps};
 
-use super::{Fields, Other, Takeover, TakeoverError, raw::RawMap, step};
+use super::{Entry, Fields, Other, Takeover, TakeoverError, raw::RawMap, step};
 use crate::{
     pin::Pins,
     sys::{self, NewMap},
@@ -43,7 +43,7 @@ impl Takeover {
     /// What was final there, and what was pending, is final here.
     fn carry_base(&self, from: &RawMap, its: &Fields, to: &RawMap) -> Result<(), TakeoverError> {
         let Some(own) = self.own.table(maps::CARRIED) else { return Ok(()) };
-        for (key, value) in from.entries()? {
+        for Entry { key, value } in from.entries()? {
             let mut row = vec![0; own.value.size];
             for part in ["base", "pending"] {
                 add(&mut row, &own.value, "base", &value, its, part);

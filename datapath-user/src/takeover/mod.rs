@@ -125,7 +125,14 @@ const MEMORIES: [&str; 5] = [maps::FLOWS, maps::FLOW_MARK, maps::FRAGS, maps::PA
 const GROUPS: [&str; 5] = [maps::EPOCH, maps::VERDICT, maps::CLASS, maps::PROGRAM, maps::RULES];
 
 /// A key and its value.
-type Entry = (Vec<u8>, Vec<u8>);
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Entry {
+    key: Vec<u8>,
+    value: Vec<u8>,
+}
+
+/// Entries of the other version that were copied: values by key.
+type Copied = HashMap<Vec<u8>, Vec<u8>>;
 
 /// The other version.
 struct Other {
@@ -140,8 +147,8 @@ pub struct Takeover {
     at: Pins,
     other: Option<Other>,
     own: Description,
-    /// What was copied of each memory so far: entries of the other version, and what became of them here.
-    copied: HashMap<&'static str, HashMap<Vec<u8>, (Vec<u8>, Entry)>>,
+    /// What was copied of each memory so far.
+    copied: HashMap<&'static str, Copied>,
 }
 
 impl Takeover {
@@ -189,6 +196,11 @@ impl Takeover {
         self.prepare_carried(other)
     }
 
+    /// The pins of this version, once they are there.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
     /// Where the maps are to be made or opened.
     pub fn place(&self) -> &Pins {
         &self.at
@@ -209,8 +221,8 @@ impl Takeover {
         if self.is_draft() {
             for name in RECORDS.into_iter().chain([maps::EPOCH]) {
                 let Some(pair) = self.pair(other, name)? else { continue };
-                for (key, value) in pair.from.entries()? {
-                    if let Some((key, value)) = pair.translated(&key, &value) {
+                for entry in pair.from.entries()? {
+                    if let Some(Entry { key, value }) = pair.translated(&entry) {
                         pair.to.set(&key, &value)?;
                     }
                 }
@@ -353,8 +365,9 @@ struct Pair {
 }
 
 impl Pair {
-    fn translated(&self, key: &[u8], value: &[u8]) -> Option<Entry> {
-        Some((self.key.apply(key)?, self.value.apply(value)?)).filter(|(key, _)| self.has_room(key))
+    fn translated(&self, entry: &Entry) -> Option<Entry> {
+        let key = self.key.apply(&entry.key).filter(|key| self.has_room(key))?;
+        Some(Entry { key, value: self.value.apply(&entry.value)? })
     }
 
     /// An array may be shorter here.
@@ -365,31 +378,30 @@ impl Pair {
 
     /// Copies what is new there, or of later use than what is here; removes what came from there, is there no more, and was not
     /// touched here.
-    fn merge(&self, copied: &mut HashMap<Vec<u8>, (Vec<u8>, Entry)>) -> Result<(), TakeoverError> {
+    fn merge(&self, copied: &mut Copied) -> Result<(), TakeoverError> {
         let mut before = std::mem::take(copied);
-        for (key, value) in self.from.entries()? {
-            let known = before.remove(&key);
-            if let Some(known) = known.filter(|(old, _)| *old == value) {
-                copied.insert(key, known);
-                continue;
-            }
-            let Some((own_key, own_value)) = self.translated(&key, &value) else { continue };
-            match self.to.get(&own_key)? {
-                None => self.to.add(&own_key, &own_value)?,
-                Some(here) if self.is_array() || self.is_later(&value, &here) => {
-                    self.to.set(&own_key, &own_value)?;
+        for entry in self.from.entries()? {
+            let known = before.remove(&entry.key).is_some_and(|known| known == entry.value);
+            if !known && let Some(own) = self.translated(&entry) {
+                match self.to.get(&own.key)? {
+                    None => self.to.add(&own.key, &own.value)?,
+                    Some(here) if self.is_array() || self.is_later(&entry.value, &here) => {
+                        self.to.set(&own.key, &own.value)?;
+                    }
+                    Some(_) => {}
                 }
-                Some(_) => {}
             }
-            copied.insert(key, (value, (own_key, own_value)));
+            copied.insert(entry.key, entry.value);
         }
         // A mark that was taken away there is taken away by whoever frees the id.
         if self.is_array() {
             return Ok(());
         }
-        for (_, (own_key, own_value)) in before.into_values() {
-            if self.to.get(&own_key)?.is_some_and(|now| now == own_value) {
-                self.to.remove(&own_key)?;
+        for (key, value) in before {
+            if let Some(own) = self.translated(&Entry { key, value })
+                && self.to.get(&own.key)?.is_some_and(|now| now == own.value)
+            {
+                self.to.remove(&own.key)?;
             }
         }
         Ok(())
@@ -460,9 +472,9 @@ impl Other {
             layouts(limits).iter().find(|(name, _)| *name == wanted).map_or(0, |(_, layout)| layout.entries)
         };
         let (slots, ids) = (entries(maps::ENDPOINT), entries(maps::FLOW_MARK));
-        for (slot, record) in records.entries()? {
-            let slot = table.key.number("slot", &slot).unwrap_or(0);
-            let id = table.value.number("id", &record).unwrap_or(0);
+        for Entry { key, value } in records.entries()? {
+            let slot = table.key.number("slot", &key).unwrap_or(0);
+            let id = table.value.number("id", &value).unwrap_or(0);
             for (what, number, limit) in [("slot", slot, slots), ("id", id, ids)] {
                 if number >= u64::from(limit) {
                     return Err(TakeoverError::Room { what, number, limit, path: self.pins.version_dir() });
@@ -481,8 +493,8 @@ pub fn interfaces(pins: &Pins) -> Vec<u32> {
         let key = described.as_ref().and_then(|known| known.table(maps::POD_IF)).map(|table| &table.key);
         // Before there were descriptions a key was the number and nothing else.
         let number = |entry: &Entry| match key {
-            Some(fields) => fields.number("ifindex", &entry.0).and_then(|number| number.try_into().ok()),
-            None => entry.0[..].try_into().ok().map(u32::from_ne_bytes),
+            Some(fields) => fields.number("ifindex", &entry.key).and_then(|number| number.try_into().ok()),
+            None => entry.key[..].try_into().ok().map(u32::from_ne_bytes),
         };
         Ok(map.entries()?.iter().filter_map(number).collect())
     };

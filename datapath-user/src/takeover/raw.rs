@@ -4,7 +4,7 @@ use std::{io, os::fd::AsFd as _, path::PathBuf};
 
 use aya::maps::{MapData, MapError, MapInfo, MapType};
 
-use super::TakeoverError;
+use super::{Entry, TakeoverError};
 use crate::{
     pin::{MapLayout, Pins},
     sys,
@@ -93,27 +93,21 @@ impl RawMap {
     }
 
     /// All entries: of an array those that are not zero.
-    pub(super) fn entries(&self) -> Result<Vec<(Vec<u8>, Vec<u8>)>, TakeoverError> {
+    pub(super) fn entries(&self) -> Result<Vec<Entry>, TakeoverError> {
         let mut all = Vec::new();
         if self.layout.kind == MapType::Array {
             for index in 0..self.layout.entries {
                 let key = index.to_ne_bytes().to_vec();
-                all.extend(
-                    self.get(&key)?
-                        .filter(|value| value.iter().any(|byte| *byte != 0))
-                        .map(|value| (key, value)),
-                );
+                let value = self.get(&key)?.filter(|value| value.iter().any(|byte| *byte != 0));
+                all.extend(value.map(|value| Entry { key, value }));
             }
             return Ok(all);
         }
         let (key, value) = (self.layout.key as usize, self.layout.value as usize);
+        let each = |key: &[u8], value: &[u8]| all.push(Entry { key: key.to_vec(), value: value.to_vec() });
         // SAFETY: sizes as the kernel told them.
-        unsafe {
-            sys::for_each_entry(self.data.fd(), key, value, |key, value| {
-                all.push((key.to_vec(), value.to_vec()))
-            })
-        }
-        .map_err(self.failed("walk"))?;
+        let walked = unsafe { sys::for_each_entry(self.data.fd(), key, value, each) };
+        walked.map_err(self.failed("walk"))?;
         Ok(all)
     }
 

@@ -144,8 +144,7 @@ fn what_was_remembered_meanwhile_is_copied_and_what_was_forgotten_is_not() {
     let (pairs, table) = (RawMap::open(&other, maps::PAIRS).unwrap().unwrap(), Description::own());
     let fields = table.table(maps::PAIRS).unwrap();
     let key = |port: u16| {
-        let (key, _) = pairs.entries().unwrap().remove(0);
-        let mut key = key;
+        let mut key = pairs.entries().unwrap().remove(0).key;
         fields.key.field_mut("low_port", &mut key).unwrap().copy_from_slice(&port.to_ne_bytes());
         key
     };
