@@ -96,6 +96,13 @@ impl Description {
         key.fields = [(name.to_owned(), (0, key.size))].into();
     }
 
+    /// Makes a field of a map's value longer.
+    #[cfg(test)]
+    pub(super) fn widen(&mut self, map: &str, name: &str, size: usize) {
+        let value = &mut self.tables.get_mut(map).expect("a map of this version").value;
+        value.fields.get_mut(name).expect("a field of it").1 = size;
+    }
+
     pub(super) fn table(&self, map: &str) -> Option<&Table> {
         self.tables.get(map)
     }

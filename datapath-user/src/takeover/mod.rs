@@ -75,6 +75,16 @@ pub enum TakeoverError {
         /// The other version's directory.
         path: PathBuf,
     },
+    /// A number is larger than this version's.
+    #[error(
+        "an entry of the pinned map {} holds a number that this version has no room for. Nothing was changed: run the \
+         version that wrote it, or `eniway detach` (pods lose their network until this agent is started)",
+        path.display()
+    )]
+    Narrow {
+        /// The pin.
+        path: PathBuf,
+    },
     /// A map is not what its description says.
     #[error(
         "the pinned map {} is not as the description beside it says. Nothing was changed: run `eniway detach` (pods lose their \
@@ -163,19 +173,25 @@ impl Takeover {
         if let [one, other, ..] = &others[..] {
             return Err(TakeoverError::Unfinished { one: one.version_dir(), other: other.version_dir() });
         }
+        let own = Description::own();
         let other = others.pop().map(Other::open).transpose()?;
         let exist = pins.exist();
         if exist {
             pins.check_layouts(limits)?;
         } else if let Some(other) = &other {
             other.check_room(limits)?;
+            other.check_records(&own)?;
         }
         pins.remove_remains()?;
-        let own = Description::own();
         let at = if exist { pins.clone() } else { pins.draft()? };
         let takeover = Self { pins: pins.clone(), at, other, own, copied: HashMap::new() };
-        takeover.prepare(exist, limits)?;
-        Ok(takeover)
+        match takeover.prepare(exist, limits) {
+            Ok(()) => Ok(takeover),
+            Err(error) => {
+                pins.remove_remains()?;
+                Err(error)
+            }
+        }
     }
 
     fn prepare(&self, exist: bool, limits: &Limits) -> Result<(), TakeoverError> {
@@ -463,6 +479,19 @@ impl Other {
         let wanted = layouts.iter().find(|(known, _)| *known == name).map(|(_, layout)| *layout);
         let same = own.table(name) == Some(table) && wanted == Some(map.layout);
         Ok(same.then_some(map))
+    }
+
+    /// No pod may be left behind because a number of its record has no room here.
+    fn check_records(&self, own: &Description) -> Result<(), TakeoverError> {
+        for name in RECORDS {
+            let (Some((map, table)), Some(own)) = (self.map(name)?, own.table(name)) else { continue };
+            let (key, value) = (table.key.translation(&own.key), table.value.translation(&own.value));
+            let fits = |entry: &Entry| key.apply(&entry.key).and(value.apply(&entry.value)).is_some();
+            if !map.entries()?.iter().all(fits) {
+                return Err(TakeoverError::Narrow { path: self.pins.map(name) });
+            }
+        }
+        Ok(())
     }
 
     /// Slots and ids stay: all must fit.

@@ -116,13 +116,31 @@ fn what_is_the_same_is_shared_and_groups_that_differ_decide_nothing() {
 fn other_limits_need_room_for_all_that_run() {
     let Some(place) = Place::new("room") else { return };
     fill(&mut place.maps());
-    place.becomes(9, |_| {});
+    let other = place.becomes(9, |_| {});
     let few = Limits { endpoints: 2, flows: 1024 };
     let error = place.take_over(&few).err().unwrap();
     assert!(
         matches!(error, Failure::Takeover(TakeoverError::Room { what: "id", number: 3, limit: 3, .. })),
         "{error:?}"
     );
+    let versions: Vec<u32> = place.0.all_versions().unwrap().iter().map(Pins::version).collect();
+    assert_eq!(versions, [9]);
+
+    // A record whose number is larger than this version's is as bad.
+    let described = Description::own();
+    let records = RawMap::open(&other, maps::ENDPOINT).unwrap().unwrap();
+    let record = records.get(&2_u32.to_ne_bytes()).unwrap().unwrap();
+    std::fs::remove_file(other.map(maps::LAYOUT)).unwrap();
+    let mut wider = described.clone();
+    // What follows the VLAN id is taken for its upper half.
+    wider.widen(maps::ENDPOINT, "vid", 4);
+    wider.write(&other).unwrap();
+    let mut odd = record.clone();
+    described.table(maps::ENDPOINT).unwrap().value.field_mut("mtu", &mut odd).unwrap().fill(1);
+    records.set(&2_u32.to_ne_bytes(), &odd).unwrap();
+    let error = place.take_over(&LIMITS).err().unwrap();
+    assert!(matches!(error, Failure::Takeover(TakeoverError::Narrow { .. })), "{error:?}");
+    records.set(&2_u32.to_ne_bytes(), &record).unwrap();
     let versions: Vec<u32> = place.0.all_versions().unwrap().iter().map(Pins::version).collect();
     assert_eq!(versions, [9]);
 
