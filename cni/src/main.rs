@@ -1,9 +1,11 @@
 //! `eniway-cni`: what a container runtime runs to give a sandbox its network, after the CNI specification 1.1. It knows
-//! nothing; it asks the node's agent over its socket, and says what the agent says in the runtime's words.
+//! nothing; it asks the node's agent over its socket, and says what the agent says in the runtime's words. Run by people
+//! or by a container of its own, `eniway-cni install` puts it in place.
 
 mod agent;
 mod config;
 mod error;
+mod install;
 mod result;
 
 use std::{
@@ -21,6 +23,18 @@ use self::{
 };
 
 fn main() -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    // Runtimes give no arguments.
+    if words.next().as_deref() == Some("install") {
+        let done = install::Options::parse(words).and_then(|options| install::run(&options));
+        return match done {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("eniway-cni: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut text = Vec::new();
     let read = std::io::stdin().read_to_end(&mut text);
     let asked = Version::asked(&text);

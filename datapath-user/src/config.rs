@@ -1,7 +1,7 @@
 //! The agent's configuration file. Every key is described in `docs/configuration.md`.
 
 use std::{
-    fs, io,
+    env, fs, io,
     path::{Path, PathBuf},
 };
 
@@ -64,7 +64,8 @@ pub enum ConfigError {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The node's name, for people.
+    /// The node's name, for people and for the allocator; the environment's `ENIWAY_NODE` where it is not given.
+    #[serde(default = "node_from_environment")]
     pub node: String,
     /// Directory on a BPF file system for maps and links; the ABI version is appended.
     #[serde(default = "default_pin_dir")]
@@ -242,6 +243,13 @@ impl Default for Limits {
     }
 }
 
+/// Names the node where one configuration is for many.
+const NODE: &str = "ENIWAY_NODE";
+
+fn node_from_environment() -> String {
+    env::var(NODE).unwrap_or_default()
+}
+
 fn default_pin_dir() -> PathBuf {
     "/sys/fs/bpf/eniway".into()
 }
@@ -301,7 +309,7 @@ impl Config {
     fn problem(&self) -> Option<(String, String)> {
         let says = |key: &str, problem: String| Some((key.to_owned(), problem));
         if self.node.is_empty() {
-            return says("node", "must not be empty".to_owned());
+            return says("node", format!("must be given, here or as {NODE} in the environment"));
         }
         for (key, path) in [("pin_dir", &self.pin_dir), ("run_dir", &self.run_dir)] {
             if !path.is_absolute() {

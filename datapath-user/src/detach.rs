@@ -11,6 +11,7 @@ use crate::{
     net,
     object::program,
     pin::{Hook, PinError, Pins},
+    privilege::{self, PrivilegeError},
     status::Status,
     takeover, wiring,
 };
@@ -18,7 +19,10 @@ use crate::{
 /// Why not everything was removed.
 #[derive(Debug, thiserror::Error)]
 pub enum DetachError {
-    /// The process may not do it, or the kernel is not one that eniway runs on.
+    /// The process may not do it.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
+    /// The kernel is not one that eniway runs on.
     #[error(transparent)]
     Feature(#[from] FeatureError),
     /// An agent runs, and would put everything back.
@@ -50,7 +54,7 @@ pub struct Detached {
 ///
 /// When an agent is running, or a program or pin cannot be removed.
 pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
-    feature::check_privileges()?;
+    privilege::check_kept()?;
     let _lock = lock::lock_run_dir(&config.run_dir)?;
     let pins = Pins::new(&config.pin_dir);
     let _pin_lock = if pins.dir().exists() { Some(lock::lock_pins(pins.dir())?) } else { None };

@@ -1,4 +1,4 @@
-//! What the process may do and what the kernel can do, asked before anything is changed. Probes decide, never
+//! What the kernel can do, asked before anything is changed. Probes decide, never
 //! version numbers.
 
 use std::fs;
@@ -14,12 +14,6 @@ use crate::error::whole;
 /// Why the datapath cannot run here.
 #[derive(Debug, thiserror::Error)]
 pub enum FeatureError {
-    /// Capabilities are missing.
-    #[error("the agent needs root, or at least these capabilities that it lacks: {}", missing.join(", "))]
-    Privileges {
-        /// Which.
-        missing: Vec<&'static str>,
-    },
     /// The kernel lacks something.
     #[error(
         "this kernel ({kernel}) has no {feature}; eniway needs Linux 6.1 or later with CONFIG_BPF_SYSCALL, \
@@ -58,33 +52,6 @@ impl TcKind {
             Self::Clsact => "clsact",
         }
     }
-}
-
-/// Capabilities by number: `include/uapi/linux/capability.h`.
-const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN"), (39, "CAP_BPF")];
-
-/// Checks that the process may load programs, attach them, and enter the namespaces of pods.
-///
-/// # Errors
-///
-/// When a capability is missing; says which.
-pub fn check_privileges() -> Result<(), FeatureError> {
-    // Where the file cannot be read, the first thing that needs a capability will say so.
-    let Some(effective) = fs::read_to_string("/proc/self/status").ok().and_then(|text| effective(&text))
-    else {
-        return Ok(());
-    };
-    let missing = missing(effective);
-    if missing.is_empty() { Ok(()) } else { Err(FeatureError::Privileges { missing }) }
-}
-
-fn effective(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(line.trim(), 16).ok()
-}
-
-fn missing(effective: u64) -> Vec<&'static str> {
-    CAPABILITIES.into_iter().filter(|(bit, _)| effective & (1 << bit) == 0).map(|(_, name)| name).collect()
 }
 
 /// Probes for everything that the programs cannot do without, and says how tc programs are attached.
@@ -127,16 +94,4 @@ fn need(feature: &'static str, answer: Result<bool, ProgramError>) -> Result<(),
 fn kernel_release() -> String {
     fs::read_to_string("/proc/sys/kernel/osrelease")
         .map_or_else(|_| "unknown release".to_owned(), |text| text.trim().to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn missing_capabilities_are_named() {
-        assert_eq!(effective("Name:\tx\nCapEff:\t000001ffffffffff\n"), Some(0x1ff_ffff_ffff));
-        assert!(missing(0x1ff_ffff_ffff).is_empty());
-        assert_eq!(missing(1 << 12), ["CAP_SYS_ADMIN", "CAP_BPF"]);
-    }
 }

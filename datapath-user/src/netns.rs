@@ -17,6 +17,8 @@ use std::{
 use nix::sched::{CloneFlags, setns};
 use tokio::sync::oneshot;
 
+use crate::privilege;
+
 /// Why a namespace could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
@@ -139,7 +141,7 @@ impl Namespace {
 
     /// Enters with the calling thread.
     fn enter(&self) -> Result<(), NetnsError> {
-        setns(&self.file, CloneFlags::CLONE_NEWNET)
+        privilege::entering(|| setns(&self.file, CloneFlags::CLONE_NEWNET))
             .map_err(|errno| NetnsError::Enter { path: self.path.clone(), source: errno.into() })
     }
 

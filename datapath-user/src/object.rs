@@ -8,9 +8,10 @@ use aya::{
 use datapath_common::abi::maps;
 
 use crate::{
-    config::{self, FastPath, Limits},
+    config::{self, Config, FastPath, Limits},
     error::whole,
     pin::{MapLayout, Pins, layouts},
+    privilege::Loader,
 };
 
 /// The object: five programs and the maps.
@@ -136,6 +137,48 @@ pub fn open(constants: Constants, limits: &Limits, pins: Option<&Pins>) -> Resul
         }
     }
     Ok(ebpf)
+}
+
+/// Makes or opens the maps, and loads the programs of all pods.
+///
+/// # Errors
+///
+/// As [`open`] and [`tc`].
+pub(crate) fn load_for_pods(config: &Config, pins: &Pins, loader: &Loader) -> Result<Ebpf, ObjectError> {
+    let constants = Constants { fast_path: config.fast_path, parent: 0, xdp: config::Xdp::Off };
+    let (limits, pins) = (config.limits, pins.clone());
+    loader.run(move || {
+        let mut ebpf = open(constants, &limits, Some(&pins))?;
+        for name in [program::POD_EGRESS, program::POD_INGRESS, program::NIC_INGRESS, program::NIC_EGRESS] {
+            tc(&mut ebpf, name)?;
+        }
+        Ok(ebpf)
+    })
+}
+
+/// Loads the programs of a parent ENI. All that it may ever need: nothing is loaded later on.
+///
+/// # Errors
+///
+/// As [`open`], [`tc`] and [`xdp`].
+pub(crate) fn load_for_parent(
+    config: &Config,
+    parent: &config::Parent,
+    index: u16,
+    pins: &Pins,
+    loader: &Loader,
+) -> Result<Ebpf, ObjectError> {
+    let constants = Constants { fast_path: config.fast_path, parent: index, xdp: parent.xdp };
+    let (limits, pins) = (config.limits, pins.clone());
+    loader.run(move || {
+        let mut ebpf = open(constants, &limits, Some(&pins))?;
+        tc(&mut ebpf, program::ENI_INGRESS)?;
+        tc(&mut ebpf, program::ENI_EGRESS)?;
+        if constants.xdp != config::Xdp::Off {
+            xdp(&mut ebpf, program::ENI_XDP)?;
+        }
+        Ok(ebpf)
+    })
 }
 
 /// A tc program, loaded.

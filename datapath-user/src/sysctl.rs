@@ -17,7 +17,7 @@ pub enum SysctlError {
         source: io::Error,
     },
     /// The file cannot be written.
-    #[error("cannot set {} to {value}: {source}; is /proc/sys mounted read-only?", path.display())]
+    #[error("cannot set {} to {value}: {source}; is /proc/sys mounted read-only? (in a container, mount the node's /proc/sys/net at {OF_NODE})", path.display())]
     Write {
         /// The file.
         path: PathBuf,
@@ -31,8 +31,14 @@ pub enum SysctlError {
 /// The parts of a setting's name below `net`. Parts and not dots, for interface names may hold dots.
 pub type Key<'a> = &'a [&'a str];
 
+/// Where settings are; the namespace is the calling thread's whatever the way to them.
+const DIRECTORY: &str = "/proc/sys/net";
+/// The node's, in a container: its own is read-only, and nothing can be mounted there.
+const OF_NODE: &str = "/host/proc/sys/net";
+
 fn path_of(key: Key<'_>) -> PathBuf {
-    let mut path = Path::new("/proc/sys/net").to_path_buf();
+    let of_node = Path::new(OF_NODE);
+    let mut path = if of_node.is_dir() { of_node } else { Path::new(DIRECTORY) }.to_path_buf();
     path.extend(key);
     path
 }

@@ -427,7 +427,7 @@ fn pods_come_and_go_and_the_others_do_not_notice() -> Result {
 }
 
 #[test]
-fn killed_under_traffic_it_loses_no_packet_and_changes_nothing_when_back() -> Result {
+fn ended_under_traffic_it_loses_no_packet_and_changes_nothing_when_back() -> Result {
     const PORT: u16 = 7007;
     let lab = lab("a-kill")?;
     let agent = lab.agent("n")?;
@@ -459,9 +459,9 @@ fn killed_under_traffic_it_loses_no_packet_and_changes_nothing_when_back() -> Re
             })
             .collect();
         let work = || -> Result {
-            for _ in 0..3 {
+            for signal in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGKILL, Signal::SIGTERM] {
                 thread::sleep(Duration::from_millis(100));
-                agent.stop(Signal::SIGKILL)?;
+                agent.stop(signal)?;
                 thread::sleep(Duration::from_millis(200));
                 agent.start()?;
                 agent.wait_ready(READY)?;

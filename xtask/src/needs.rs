@@ -56,8 +56,10 @@ pub(crate) const LAB_TOOLS: [Tool; 6] = [
 ];
 
 /// The programs that the tests of the host crates run.
-pub(crate) const TEST_TOOLS: [Tool; 1] =
-    [tool("etcd", "etcd-server", "a store of the allocator, in its tests and benchmark")];
+pub(crate) const TEST_TOOLS: [Tool; 2] = [
+    tool("etcd", "etcd-server", "a store of the allocator, in its tests and benchmark"),
+    tool("systemd-analyze", "systemd", "checks the units in deploy/"),
+];
 
 /// The programs that virtual machines are made with.
 pub(crate) const VM_TOOLS: [Tool; 2] = [

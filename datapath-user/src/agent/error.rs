@@ -6,15 +6,21 @@ use eniway_ipam::rpc::{ClientError, ServeError};
 
 use crate::{
     attach::AttachError, feature::FeatureError, ipam::IpamError, lock::LockError, netlink::NetlinkError,
-    netns::NetnsError, nic::NicError, object::ObjectError, pin::PinError, run_file::RunFileError,
-    source::file::SourceError, status::StatusError, tables::TablesError, takeover::TakeoverError,
-    wiring::WiringError,
+    netns::NetnsError, nic::NicError, object::ObjectError, pin::PinError, privilege::PrivilegeError,
+    run_file::RunFileError, service::ServiceError, source::file::SourceError, status::StatusError,
+    tables::TablesError, takeover::TakeoverError, wiring::WiringError,
 };
 
 /// Why the agent does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// The process may not do it, or the kernel cannot.
+    /// The process may not do it.
+    #[error(transparent)]
+    Privilege(#[from] PrivilegeError),
+    /// The service manager.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    /// The kernel cannot.
     #[error(transparent)]
     Feature(#[from] FeatureError),
     /// Another agent runs.

@@ -40,7 +40,7 @@ pub use self::{error::AgentError, listen::confirm};
 use crate::{
     api,
     attachment::Attachment,
-    config::{self, Config, Metadata, Xdp},
+    config::{self, Config, Metadata},
     detach, feature,
     feature::TcKind,
     grace::Grace,
@@ -48,9 +48,11 @@ use crate::{
     lock::{self, Lock},
     net, netlink,
     nic::Nic,
-    object::{self, Constants, program},
+    object,
     pin::Pins,
+    privilege::{self, Loader},
     reconcile::{self, Plan},
+    service::Service,
     source::{Desired, Pod, Snapshot, file::SourceError},
     status::Status,
     tables::{Live, Tables, TablesError},
@@ -87,6 +89,7 @@ pub enum Until {
 pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(AgentError::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(AgentError::Signal)?;
+    let mut service = Service::from_environment()?;
     let mut agent = Agent::start(config, until).await?;
     if until == Until::Applied {
         return agent.completeness();
@@ -98,6 +101,7 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
     // What is new goes to the status file once that is due, after everybody who waits for an answer has it.
     let mut report_due = None;
     loop {
+        service.tell(agent.status.ready, agent.summary());
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -110,6 +114,11 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
             },
             _ = ticks.tick() => agent.tick().await,
             Some(ask) = asks.recv() => agent.ask(ask).await,
+            () = sleep_until(service.due()) => {
+                // Given by the loop itself: one that hangs gives none.
+                service.alive();
+                continue;
+            }
             () = sleep_until(report_due) => {
                 agent.report();
                 report_due = None;
@@ -119,6 +128,7 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
         agent.answer_waiters();
         report_due.get_or_insert(agent.next_report);
     }
+    service.stopping();
     // With the socket's file gone, the plugin says at once that the agent is away.
     server.abort();
     let _ = server.await;
@@ -177,7 +187,7 @@ struct Agent {
 impl Agent {
     async fn start(config: Config, until: Until) -> Result<Self, AgentError> {
         // Nothing is changed until all of this stands.
-        feature::check_privileges()?;
+        let loader = privilege::keep_what_is_needed()?;
         let run_lock = lock::lock_run_dir(&config.run_dir)?;
         let kind = feature::probe()?;
         parent::ifindexes(&config)?;
@@ -199,7 +209,8 @@ impl Agent {
 
         let grace = Rc::new(Grace::new(&config.run_dir));
         let short = grace.expedite();
-        let started = Self::attach(config, kind, Rc::clone(&grace), takeover, addresses, source, locks);
+        let started =
+            Self::attach(config, kind, Rc::clone(&grace), takeover, addresses, source, locks, &loader);
         let mut agent = started.inspect_err(|_| {
             // Where nothing was, nothing is left; what was not used yet goes.
             let removed = if fresh { pins.remove_all() } else { pins.remove_remains() };
@@ -207,7 +218,7 @@ impl Agent {
                 log::error!("{error}");
             }
         })?;
-        drop(short);
+        drop((short, loader));
         agent.take(first).await;
         if until == Until::Applied {
             agent.hear_first().await;
@@ -217,6 +228,10 @@ impl Agent {
     }
 
     /// Loads the programs, takes over what the tables hold, and attaches.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each stands before anything is changed, and becomes a part of the agent"
+    )]
     fn attach(
         config: Config,
         kind: TcKind,
@@ -225,17 +240,13 @@ impl Agent {
         addresses: Vec<IpAddr>,
         source: Feed,
         locks: [Lock; 2],
+        loader: &Loader,
     ) -> Result<Self, AgentError> {
         let ifindexes = parent::ifindexes(&config)?;
         let pins = takeover.pins().clone();
 
         // The kernel's verifier passes everything before anything is attached.
-        let constants = Constants { fast_path: config.fast_path, parent: 0, xdp: Xdp::Off };
-        let mut pods = object::open(constants, &config.limits, Some(takeover.place()))?;
-        object::tc(&mut pods, program::POD_EGRESS)?;
-        object::tc(&mut pods, program::POD_INGRESS)?;
-        object::tc(&mut pods, program::NIC_INGRESS)?;
-        object::tc(&mut pods, program::NIC_EGRESS)?;
+        let pods = object::load_for_pods(&config, takeover.place(), loader)?;
         let mut tables = succession::tables(&mut takeover)?;
         let indexes = parent::numbers(&ifindexes, tables.pods());
         let parents = config
@@ -243,7 +254,7 @@ impl Agent {
             .iter()
             .zip(ifindexes.iter().zip(indexes))
             .map(|(parent, (ifindex, index))| {
-                Parent::load(&config, parent, *ifindex, index, takeover.place())
+                Parent::load(&config, parent, *ifindex, index, takeover.place(), loader)
             })
             .collect::<Result<Vec<_>, _>>()?;
 
@@ -292,7 +303,7 @@ impl Agent {
             _locks: locks,
         };
         agent.sync_host_dst()?;
-        agent.take_links_over(&mut takeover)?;
+        agent.take_links_over(&mut takeover, loader)?;
         agent.attach_parents()?;
         agent.attach_known_pods();
         agent.end_takeover(takeover)?;

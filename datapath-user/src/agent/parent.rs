@@ -18,8 +18,9 @@ use crate::{
     ethtool::{self, Offload},
     feature::TcKind,
     net,
-    object::{self, Constants, ObjectError, program},
+    object::{self, ObjectError, program},
     pin::{Hook, LinkKind, Pins},
+    privilege::Loader,
     source::{Desired, Pod},
     status::ParentStatus,
     tables::Live,
@@ -60,14 +61,9 @@ impl Parent {
         ifindex: u32,
         index: u16,
         pins: &Pins,
+        loader: &Loader,
     ) -> Result<Self, ObjectError> {
-        let constants = Constants { fast_path: config.fast_path, parent: index, xdp: parent.xdp };
-        let mut ebpf = object::open(constants, &config.limits, Some(pins))?;
-        object::tc(&mut ebpf, program::ENI_INGRESS)?;
-        object::tc(&mut ebpf, program::ENI_EGRESS)?;
-        if parent.xdp != Xdp::Off {
-            object::xdp(&mut ebpf, program::ENI_XDP)?;
-        }
+        let ebpf = object::load_for_parent(config, parent, index, pins, loader)?;
         Ok(Self {
             config: parent.clone(),
             index,

@@ -38,6 +38,20 @@ impl Agent {
         self.next_report = Instant::now() + began.elapsed() * STATUS_SHARE;
     }
 
+    /// The agent's state in a line, for a service manager.
+    pub(super) fn summary(&self) -> String {
+        let pods = self.tables.pods().count();
+        let source = match (&self.status.source_error, self.status.source_down_since) {
+            (Some(error), _) => error.as_str(),
+            (None, Some(_)) => "unreachable",
+            (None, None) if self.desired.is_none() => "has not told the pods yet",
+            (None, None) => "ok",
+        };
+        let held =
+            if self.status.held_back.is_some() { "; a snapshot waits for `eniway confirm`" } else { "" };
+        format!("{pods} pods, {} with errors; source: {source}{held}", self.faults.len())
+    }
+
     pub(super) fn host_interface_of(&self, owner: u64) -> Option<String> {
         let record = self.tables.pod(owner)?.record;
         if is_exclusive(&record) { None } else { net::ifname(record.ifindex) }

@@ -2,17 +2,18 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use aya::{Ebpf, programs::loaded_programs};
+use aya::Ebpf;
 use datapath_common::abi::maps::MAX_PARENTS;
 
 use super::{Agent, AgentError, exclusive::is_exclusive};
 use crate::{
     attach::{self, Target},
-    config::Xdp,
+    config::{self, Xdp},
     feature::TcKind,
-    net,
-    object::{self, Constants, program},
+    net::{self, InterfaceName},
+    object::{self, program},
     pin::{Hook, LinkKind, LinkOf},
+    privilege::Loader,
     tables::{Maps, Tables},
     takeover::Takeover,
 };
@@ -44,11 +45,15 @@ fn ids(tables: &Tables) -> Vec<u32> {
 impl Agent {
     /// Puts this version's programs behind all links of the other one: pods' first, which read more memories than they write,
     /// then parents'.
-    pub(super) fn take_links_over(&mut self, takeover: &mut Takeover) -> Result<(), AgentError> {
+    pub(super) fn take_links_over(
+        &mut self,
+        takeover: &mut Takeover,
+        loader: &Loader,
+    ) -> Result<(), AgentError> {
         if takeover.other().is_none() {
             return Ok(());
         }
-        let mut orphans = self.orphans()?;
+        let mut orphans = self.orphans(loader)?;
         let began = Instant::now();
         let parsed = |name: String| LinkOf::parse(&name).map(|of| (name, of));
         let links: Vec<(String, LinkOf)> = takeover.links()?.into_iter().filter_map(parsed).collect();
@@ -88,11 +93,8 @@ impl Agent {
         hook: Hook,
     ) -> Result<(), AgentError> {
         let record = self.tables.pods().find(|pod| pod.record.ifindex == ifindex).map(|pod| pod.record);
-        let nic = match record {
-            Some(record) => is_exclusive(&record),
-            // Of no pod any more, or not yet.
-            None => takeover.program_behind(name)?.is_some_and(is_of_a_nic),
-        };
+        // One without a record is of no pod any more, or not yet: it is removed once the source has spoken.
+        let nic = record.is_some_and(|record| is_exclusive(&record));
         let wanted = match (nic, hook) {
             (true, Hook::In) => program::NIC_INGRESS,
             (true, Hook::Out) => program::NIC_EGRESS,
@@ -132,7 +134,7 @@ impl Agent {
     }
 
     /// Parents that are not configured, with programs for them.
-    fn orphans(&self) -> Result<BTreeMap<String, Orphan>, AgentError> {
+    fn orphans(&self, loader: &Loader) -> Result<BTreeMap<String, Orphan>, AgentError> {
         let mut orphans = BTreeMap::new();
         for record in self.tables.pods().map(|pod| pod.record) {
             let (ifindex, index) = (record.parent_ifindex, record.parent);
@@ -144,8 +146,9 @@ impl Agent {
             let Some(interface) = net::ifname(ifindex).filter(|name| !orphans.contains_key(name)) else {
                 continue;
             };
-            let constants = Constants { fast_path: self.config.fast_path, parent: index, xdp: Xdp::Guard };
-            let ebpf = object::open(constants, &self.config.limits, Some(&self.pins))?;
+            let Some(name) = InterfaceName::new(&interface) else { continue };
+            let parent = config::Parent { interface: name, xdp: Xdp::Guard, generic_xdp: false };
+            let ebpf = object::load_for_parent(&self.config, &parent, index, &self.pins, loader)?;
             orphans.insert(interface, Orphan { ifindex, ebpf });
         }
         Ok(orphans)
@@ -166,12 +169,4 @@ impl Agent {
         }
         Ok(())
     }
-}
-
-/// Whether a program is one of those inside of pods with an ENI of their own.
-fn is_of_a_nic(id: u32) -> bool {
-    let names = [program::NIC_INGRESS, program::NIC_EGRESS];
-    loaded_programs()
-        .filter_map(Result::ok)
-        .any(|info| info.id() == id && info.name_as_str().is_some_and(|name| names.contains(&name)))
 }

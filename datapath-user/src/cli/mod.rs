@@ -8,6 +8,7 @@ pub mod detach;
 pub mod ipam;
 pub mod pods;
 pub mod policy;
+mod probe;
 pub mod status;
 pub mod table;
 pub mod trace;
@@ -85,6 +86,9 @@ pub enum CliError {
     /// The allocator cannot run.
     #[error(transparent)]
     Ipam(#[from] crate::ipam::IpamError),
+    /// The agent is not as asked.
+    #[error("{0}")]
+    NotSo(String),
     /// An argument that makes no sense.
     #[error("{0}")]
     Argument(String),

@@ -9,15 +9,20 @@ use serde::Serialize;
 
 use super::{
     CliError, Node, Target, full_name, print, print_json,
+    probe::{self, Probe},
     table::{Align, Table, duration, number},
 };
-use crate::status::Status;
+use crate::{privilege, status::Status};
 
 /// Show the agent's health and what it holds on this node
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
     target: Target,
+    /// Ask the agent itself, print nothing, and end with status 1 when it is not so: for probes of Kubernetes and
+    /// others
+    #[arg(long, value_name = "WHAT")]
+    probe: Option<Probe>,
 }
 
 #[derive(Serialize)]
@@ -28,6 +33,8 @@ struct Report<'a> {
     pods_programmed: Option<usize>,
     /// Flows remembered; `null` where there are no tables.
     flows: Option<usize>,
+    /// What the agent's process may do; `null` when there is none.
+    capabilities: Option<privilege::Held>,
     #[serde(flatten)]
     status: &'a Status,
 }
@@ -38,6 +45,9 @@ struct Report<'a> {
 ///
 /// When no agent has ever run, or something cannot be read.
 pub fn run(args: &Args) -> Result<(), CliError> {
+    if let Some(probe) = args.probe {
+        return probe::run(&args.target, probe);
+    }
     let node = Node::read(&args.target)?;
     let Some(status) = &node.status else {
         // Says which file, and that nothing has run.
@@ -50,7 +60,8 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         }
         None => (None, None),
     };
-    let report = Report { running: node.running, pods_programmed, flows, status };
+    let capabilities = privilege::held_by(status.pid).filter(|_| node.running);
+    let report = Report { running: node.running, pods_programmed, flows, capabilities, status };
     if args.target.json { print_json(&report) } else { print(&text(&report, &node)) }
 }
 
@@ -67,6 +78,9 @@ fn text(report: &Report<'_>, node: &Node) -> String {
         false => format!("not running (was process {}); the kernel forwards without it", status.pid),
     };
     line("agent", agent);
+    if let Some(held) = &report.capabilities {
+        line("capabilities", capabilities(held));
+    }
     line("ready", if status.ready { "yes" } else { "no" }.to_owned());
     line("revision", status.revision.map_or_else(|| "none yet".to_owned(), |revision| revision.to_string()));
     let source = match (&status.source_error, status.source_down_since) {
@@ -125,6 +139,18 @@ fn text(report: &Report<'_>, node: &Node) -> String {
     section(&mut out, "pods with errors", errors);
     section(&mut out, "refused, and left as they were", status.refused.iter().cloned());
     out
+}
+
+fn capabilities(held: &privilege::Held) -> String {
+    // Of a process that was never limited the list would say nothing.
+    if held.permitted.len() > 2 * privilege::NEEDS.len() {
+        return format!("{}: more than it needs", held.permitted.len());
+    }
+    let word = |name: &String| {
+        let asleep = if held.effective.contains(name) { "" } else { " (not in effect)" };
+        format!("{name}{asleep}")
+    };
+    held.permitted.iter().map(word).collect::<Vec<_>>().join(", ")
 }
 
 fn section(out: &mut String, title: &str, lines: impl Iterator<Item = String>) {

@@ -290,18 +290,6 @@ impl Takeover {
         Ok(self.other.as_ref().map_or(Ok(Vec::new()), |other| other.pins.link_names())?)
     }
 
-    /// The program behind a link, by number; none when the link's interface is gone.
-    ///
-    /// # Errors
-    ///
-    /// When the link cannot be opened.
-    pub fn program_behind(&self, link: &str) -> Result<Option<u32>, TakeoverError> {
-        let Some(other) = &self.other else { return Ok(None) };
-        let path = other.pins.links_dir().join(link);
-        let info = sys::link_info(&path).map_err(|source| TakeoverError::Link { path, source })?;
-        Ok((info.ifindex != 0).then_some(info.prog_id))
-    }
-
     /// Swaps the program behind a link of the other version and makes the link this one's. One whose interface is gone is
     /// removed.
     ///

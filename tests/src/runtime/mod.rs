@@ -39,6 +39,8 @@ pub struct Node {
     netns: Option<NetnsGuard>,
     dir: PathBuf,
     agent: Option<Child>,
+    launcher: Vec<String>,
+    environment: Vec<(String, String)>,
     allocator: bool,
 }
 
@@ -98,7 +100,15 @@ impl Node {
         // What a run that was killed has left; its processes are of the namespace that goes with it.
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(dir.join("net.d")).map_err(io_error(format!("making {}", dir.display())))?;
-        let mut node = Self { name: name.to_owned(), netns: None, dir, agent: None, allocator: true };
+        let mut node = Self {
+            name: name.to_owned(),
+            netns: None,
+            dir,
+            agent: None,
+            launcher: Vec::new(),
+            environment: Vec::new(),
+            allocator: true,
+        };
         let _ = fs::remove_dir_all(node.pin_dir());
         node.boot()?;
         let write = |file: &str, text: String| {
@@ -231,7 +241,8 @@ impl Node {
     ///
     /// When it cannot be started, or does not become ready.
     pub fn start_agent(&mut self) -> Result<()> {
-        self.start_agent_as(&eniway_binary()?)
+        self.spawn_agent()?;
+        self.wait("the agent is ready", |node| Ok(node.plugin("STATUS", None, json!({}))?.ok))
     }
 
     /// As [`start_agent`](Self::start_agent), with another binary.
@@ -240,7 +251,7 @@ impl Node {
     ///
     /// When it cannot be started, or does not become ready.
     pub fn start_agent_as(&mut self, binary: &Path) -> Result<()> {
-        self.spawn_agent(binary)?;
+        self.spawn_agent_as(binary)?;
         self.wait("the agent is ready", |node| Ok(node.plugin("STATUS", None, json!({}))?.ok))
     }
 
@@ -260,7 +271,7 @@ impl Node {
             addresses: Vec::new(),
         };
         let begin = Instant::now();
-        self.spawn_agent(&eniway_binary()?)?;
+        self.spawn_agent()?;
         let ready = async {
             loop {
                 if let Ok(channel) = endpoint.connect().await {
@@ -279,11 +290,53 @@ impl Node {
         runtime.block_on(async { tokio::time::timeout(SOON, ready).await }).map_err(late)
     }
 
-    fn spawn_agent(&mut self, binary: &Path) -> Result<()> {
+    /// Has agents started by another program with these arguments, such as `setpriv`, from now on.
+    pub fn launch_by(&mut self, words: &[&str]) {
+        self.launcher = words.iter().map(|word| (*word).to_owned()).collect();
+    }
+
+    /// Sets a variable of the environment of agents from now on.
+    pub fn set_variable(&mut self, name: &str, value: &str) {
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Runs `eniway <words> --config <its configuration>` in the node's namespace.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub fn run_eniway(&self, words: &[&str]) -> Result<std::process::Output> {
+        let mut command = self.agent_command(&eniway_binary()?)?;
+        command.args(words).arg("--config").arg(self.path("agent.toml"));
+        command.output().map_err(io_error("running eniway"))
+    }
+
+    fn agent_command(&self, binary: &Path) -> Result<Command> {
+        Ok(match self.launcher.split_first() {
+            None => self.netns().command(binary)?,
+            Some((program, words)) => {
+                let mut command = self.netns().command(program)?;
+                command.args(words).arg(binary);
+                command
+            }
+        })
+    }
+
+    /// Starts the agent and waits for nothing.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started.
+    pub fn spawn_agent(&mut self) -> Result<()> {
+        self.spawn_agent_as(&eniway_binary()?)
+    }
+
+    fn spawn_agent_as(&mut self, binary: &Path) -> Result<()> {
         let path = self.path("agent.log");
         let log = fs::OpenOptions::new().create(true).append(true).open(&path);
         let log = log.map_err(io_error(format!("opening {}", path.display())))?;
-        let mut command = self.netns().command(binary)?;
+        let mut command = self.agent_command(binary)?;
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.args(["agent", "--config"]).arg(self.path("agent.toml")).stdout(Stdio::null()).stderr(log);
         self.agent = Some(command.spawn().map_err(io_error("starting the agent"))?);
         Ok(())

@@ -27,7 +27,7 @@ const TESTS: [&str; 9] =
 const PACKETS: &str = "5000";
 
 /// At which of its steps an agent is killed on its way to another version; elsewhere at each.
-const KILL_EVERY: &str = "9";
+const KILL_EVERY: &str = "20";
 
 /// How long one kernel may take.
 const LIMIT: Duration = Duration::from_secs(1500);
