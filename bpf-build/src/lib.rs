@@ -27,12 +27,12 @@ pub const fn is_stub(object: &[u8]) -> bool {
 }
 
 /// Builds every binary of the package `package`, found in `dir`, and copies the objects named in `objects`
-/// into `OUT_DIR`. `watch` lists further directories (relative to `dir`) whose change asks for a rebuild.
+/// into `OUT_DIR`, with these features of the package. `watch` lists further directories (relative to `dir`) whose change asks for a rebuild.
 ///
 /// # Errors
 ///
 /// When neither toolchain can build the core library, or when compiling or linking fails.
-pub fn build(package: &str, dir: &Path, objects: &[&str], watch: &[&str]) -> Result<()> {
+pub fn build(package: &str, dir: &Path, objects: &[&str], watch: &[&str], features: &[&str]) -> Result<()> {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR: not run from a build script")?);
     let dir = dir.canonicalize().with_context(|| format!("the BPF crate {}", dir.display()))?;
     println!("cargo::rerun-if-env-changed=ENIWAY_BPF_STUB");
@@ -68,7 +68,8 @@ pub fn build(package: &str, dir: &Path, objects: &[&str], watch: &[&str]) -> Res
         .args(["build", "--package", package, "--bins", "--release", "--locked"])
         .args(TARGET_ARGS)
         .arg("--target-dir")
-        .arg(&target_dir);
+        .arg(&target_dir)
+        .args(["--features", &features.join(",")]);
     Compiler::find()?.prepare(&mut cargo, &arch);
     let status = cargo.status().with_context(|| format!("cannot run {cargo:?}"))?;
     if !status.success() {

@@ -353,7 +353,7 @@ mod tests {
     /// A directory for pins, where there is a file system for them.
     fn pins(name: &str) -> Option<Pins> {
         let pins = Pins::new(Path::new(&format!("/sys/fs/bpf/eniway-test-{}-{name}", std::process::id())));
-        pins.prepare().ok().map(|()| pins)
+        pins.prepare().and_then(|()| pins.make_dirs()).ok().map(|()| pins)
     }
 
     fn attached(hook: Hook) -> Vec<u32> {

@@ -13,8 +13,7 @@ use crate::{
     pin::{Hook, PinError, Pins},
     privilege::{self, PrivilegeError},
     status::Status,
-    tables::Maps,
-    wiring,
+    takeover, wiring,
 };
 
 /// Why not everything was removed.
@@ -58,17 +57,17 @@ pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
     privilege::check_kept()?;
     let _lock = lock::lock_run_dir(&config.run_dir)?;
     let pins = Pins::new(&config.pin_dir);
-    let version_dir = pins.version_dir();
-    let _pin_lock = if version_dir.exists() { Some(lock::lock_pins(&version_dir)?) } else { None };
+    let _pin_lock = if pins.dir().exists() { Some(lock::lock_pins(pins.dir())?) } else { None };
+    let versions = pins.all_versions()?;
     let kind = feature::probe()?;
     let grace = Grace::new(&config.run_dir);
     let _short = grace.expedite();
     let mut report = Detached::default();
 
-    let mut pods: BTreeSet<u32> = pins.pinned_pods()?.into_iter().collect();
-    // Tables of another layout, or none: the pins have to do.
-    if let Ok(known) = Maps::open(&pins).and_then(|maps| maps.pods()) {
-        pods.extend(known.iter().map(|pod| pod.record.ifindex));
+    let mut pods = BTreeSet::new();
+    for version in &versions {
+        pods.extend(version.pinned_pods()?);
+        pods.extend(takeover::interfaces(version));
     }
     for ifindex in pods {
         // The veth goes first: without its program an interface would be open to the host's stack.
@@ -80,14 +79,22 @@ pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
             report.pods.push(name.clone());
         }
         let name = name.as_deref().filter(|name| net::ifindex(name) == Some(ifindex));
-        for (program, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
-            attach::detach_tc(&pins, kind, program, name, hook, &pins.pod_tc(ifindex, hook))?;
+        for pins in &versions {
+            for (program, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+                attach::detach_tc(pins, kind, program, name, hook, &pins.pod_tc(ifindex, hook))?;
+            }
         }
     }
 
-    let mut parents: BTreeSet<String> = pins.pinned_parents()?.into_iter().collect();
+    let mut parents = BTreeSet::new();
+    for version in &versions {
+        parents.extend(version.pinned_parents()?);
+    }
     parents.extend(config.parents.iter().map(|parent| parent.interface.to_string()));
     for parent in parents {
+        for version in versions.iter().filter(|version| version.version() != pins.version()) {
+            detach_links(version, kind, &parent)?;
+        }
         detach_parent(&pins, kind, &parent)
             .await?
             .into_iter()
@@ -110,6 +117,11 @@ pub(crate) async fn detach_parent(
     kind: feature::TcKind,
     interface: &str,
 ) -> Result<Option<String>, AttachError> {
+    detach_links(pins, kind, interface)?;
+    Ok(wiring::parent::restore(interface).await.err().map(|error| error.to_string()))
+}
+
+fn detach_links(pins: &Pins, kind: feature::TcKind, interface: &str) -> Result<(), AttachError> {
     let present = net::ifindex(interface).is_some().then_some(interface);
     for (program, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
         attach::detach_tc(pins, kind, program, present, hook, &pins.parent_tc(interface, hook))?;
@@ -117,5 +129,5 @@ pub(crate) async fn detach_parent(
     for generic in [false, true] {
         pins.remove(&pins.parent_xdp(interface, generic))?;
     }
-    Ok(wiring::parent::restore(interface).await.err().map(|error| error.to_string()))
+    Ok(())
 }

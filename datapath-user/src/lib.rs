@@ -35,4 +35,5 @@ pub mod status;
 mod sys;
 pub mod sysctl;
 pub mod tables;
+pub mod takeover;
 pub mod wiring;

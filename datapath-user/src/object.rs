@@ -3,7 +3,7 @@
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    programs::{Program, ProgramError, SchedClassifier, Xdp},
+    programs::{Program, ProgramError, ProgramFd, SchedClassifier, Xdp},
 };
 use datapath_common::abi::maps;
 
@@ -201,6 +201,20 @@ pub fn xdp<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, Ob
     let program = find::<Xdp>(ebpf, name)?;
     loaded(name, program.load())?;
     Ok(program)
+}
+
+/// A loaded program of either kind, as what belongs behind a link.
+///
+/// # Errors
+///
+/// When there is none of that name, or the kernel refuses it.
+pub fn program_fd(ebpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, ObjectError> {
+    let failed = |source| ObjectError::Program { name, source: Box::new(source) };
+    let program = match name {
+        program::ENI_XDP => xdp(ebpf, name)?.fd(),
+        _ => tc(ebpf, name)?.fd(),
+    };
+    program.and_then(|fd| fd.try_clone().map_err(Into::into)).map_err(failed)
 }
 
 fn find<'a, P>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, ObjectError>

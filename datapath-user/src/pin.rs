@@ -5,6 +5,9 @@
 //!                          links/parent-<interface>-{in,out,xdp,xdpg}
 //!                          links/pod-<host-side ifindex>-{in,out}
 //! ```
+//!
+//! A version's directory appears whole, by a rename of `draft-v<version>`, and goes by a rename to `old-v<version>`: what has such
+//! a name is nobody's any more, and is removed by whoever holds the lock.
 
 use std::{
     fs, io,
@@ -71,16 +74,6 @@ pub enum PinError {
         found: MapLayout,
         /// What should be.
         expected: MapLayout,
-    },
-    /// Pins of another ABI version are there.
-    #[error(
-        "{} holds the maps and links of another version of eniway: run `eniway detach` of that version first \
-         (pods lose their network until this agent is started)",
-        path.display()
-    )]
-    OtherVersion {
-        /// Its directory.
-        path: PathBuf,
     },
 }
 
@@ -172,21 +165,151 @@ pub enum Hook {
     Out,
 }
 
-/// The directory of all pins.
+/// What a pinned link is of a parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkKind {
+    /// tc.
+    Tc(Hook),
+    /// XDP, in either mode.
+    Xdp,
+}
+
+/// A pinned link, by its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkOf {
+    /// A pod's, by its host-side interface index.
+    Pod(u32, Hook),
+    /// A parent's, by its interface.
+    Parent(String, LinkKind),
+}
+
+impl LinkOf {
+    /// What a link's name says.
+    pub fn parse(name: &str) -> Option<Self> {
+        let (of, kind) = name.rsplit_once('-')?;
+        let kind = match kind {
+            "in" => LinkKind::Tc(Hook::In),
+            "out" => LinkKind::Tc(Hook::Out),
+            "xdp" | "xdpg" => LinkKind::Xdp,
+            _ => return None,
+        };
+        match (of.strip_prefix("pod-"), kind) {
+            (Some(ifindex), LinkKind::Tc(hook)) => Some(Self::Pod(ifindex.parse().ok()?, hook)),
+            (Some(_), LinkKind::Xdp) => None,
+            (None, kind) => Some(Self::Parent(of.strip_prefix("parent-")?.replace(':', "."), kind)),
+        }
+    }
+}
+
+/// The pins of one version.
 #[derive(Clone, Debug)]
 pub struct Pins {
     pin_dir: PathBuf,
+    version: u32,
+    /// Before it is whole: below another name.
+    draft: bool,
 }
 
 impl Pins {
-    /// Everything below `pin_dir`; nothing is touched yet.
+    /// Those of this ABI version below `pin_dir`; nothing is touched yet.
     pub fn new(pin_dir: &Path) -> Self {
-        Self { pin_dir: pin_dir.to_owned() }
+        Self { pin_dir: pin_dir.to_owned(), version: abi::VERSION, draft: false }
     }
 
-    /// The directory of this ABI version.
+    /// The directory of all versions.
+    pub fn dir(&self) -> &Path {
+        &self.pin_dir
+    }
+
+    /// The version.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The directory of the version.
     pub fn version_dir(&self) -> PathBuf {
-        self.pin_dir.join(format!("v{}", abi::VERSION))
+        let prefix = if self.draft { DRAFT } else { "" };
+        self.pin_dir.join(format!("{prefix}v{}", self.version))
+    }
+
+    /// Whether the version has pins.
+    pub fn exist(&self) -> bool {
+        self.version_dir().exists()
+    }
+
+    /// All versions that have pins, by number.
+    ///
+    /// # Errors
+    ///
+    /// When the directory cannot be read.
+    pub fn all_versions(&self) -> Result<Vec<Self>, PinError> {
+        let names = names_in(&self.pin_dir)?;
+        let mut versions: Vec<u32> = names.iter().filter_map(|name| version_of(name)).collect();
+        versions.sort_unstable();
+        let pins = |version| Self { version, draft: false, ..self.clone() };
+        Ok(versions.into_iter().map(pins).collect())
+    }
+
+    /// Makes the directories of a draft of this version; it becomes real by [`publish`](Self::publish).
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be made.
+    pub fn draft(&self) -> Result<Self, PinError> {
+        let draft = Self { draft: true, ..self.clone() };
+        for dir in [draft.maps_dir(), draft.links_dir()] {
+            fs::create_dir_all(&dir).map_err(io_error("make the directory", &dir))?;
+        }
+        Ok(draft)
+    }
+
+    /// Gives a draft its name. What has been opened by way of it stays open.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be renamed.
+    pub fn publish(&self) -> Result<Self, PinError> {
+        let published = Self { draft: false, ..self.clone() };
+        let dir = self.version_dir();
+        fs::rename(&dir, published.version_dir()).map_err(io_error("rename", &dir))?;
+        Ok(published)
+    }
+
+    /// Removes the pins of this version: from one moment to the next they are no more.
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be removed; what is left has no meaning.
+    pub fn retire(&self) -> Result<(), PinError> {
+        let dir = self.version_dir();
+        let old = self.pin_dir.join(format!("{OLD}v{}", self.version));
+        fs::rename(&dir, old).map_err(io_error("rename", &dir))?;
+        self.remove_remains()
+    }
+
+    /// Removes what has no meaning any more: drafts, and what was retired.
+    ///
+    /// # Errors
+    ///
+    /// When something cannot be removed.
+    pub fn remove_remains(&self) -> Result<(), PinError> {
+        for name in names_in(&self.pin_dir)? {
+            let rest = name.strip_prefix(DRAFT).or_else(|| name.strip_prefix(OLD));
+            if rest.and_then(version_of).is_some() {
+                remove_tree(&self.pin_dir.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the pin of a link here. The link itself does not notice.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be renamed.
+    pub fn adopt_link(&self, from: &Self, name: &str) -> Result<(), PinError> {
+        let pin = from.links_dir().join(name);
+        fs::rename(&pin, self.links_dir().join(name)).map_err(io_error("rename", &pin))
     }
 
     /// The directory of maps.
@@ -225,11 +348,11 @@ impl Pins {
     ///
     /// When the directory cannot be read.
     pub fn pinned_pods(&self) -> Result<Vec<u32>, PinError> {
-        let mut pods: Vec<u32> = self
-            .link_names()?
-            .iter()
-            .filter_map(|name| name.strip_prefix("pod-")?.rsplit_once('-')?.0.parse().ok())
-            .collect();
+        let pod = |name: &String| match LinkOf::parse(name)? {
+            LinkOf::Pod(ifindex, _) => Some(ifindex),
+            LinkOf::Parent(..) => None,
+        };
+        let mut pods: Vec<u32> = self.link_names()?.iter().filter_map(pod).collect();
         pods.sort_unstable();
         pods.dedup();
         Ok(pods)
@@ -241,38 +364,41 @@ impl Pins {
     ///
     /// When the directory cannot be read.
     pub fn pinned_parents(&self) -> Result<Vec<String>, PinError> {
-        let mut parents: Vec<String> = self
-            .link_names()?
-            .iter()
-            .filter_map(|name| Some(name.strip_prefix("parent-")?.rsplit_once('-')?.0.replace(':', ".")))
-            .collect();
+        let parent = |name: &String| match LinkOf::parse(name)? {
+            LinkOf::Parent(interface, _) => Some(interface),
+            LinkOf::Pod(..) => None,
+        };
+        let mut parents: Vec<String> = self.link_names()?.iter().filter_map(parent).collect();
         parents.sort_unstable();
         parents.dedup();
         Ok(parents)
     }
 
-    fn link_names(&self) -> Result<Vec<String>, PinError> {
-        let dir = self.links_dir();
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(io_error("read", &dir)(error)),
-        };
-        entries
-            .map(|entry| {
-                Ok(entry.map_err(io_error("read", &dir))?.file_name().to_string_lossy().into_owned())
-            })
-            .collect()
-    }
-
-    /// Checks that the directory can hold pins and makes it ready.
+    /// Names of all links, in order.
     ///
     /// # Errors
     ///
-    /// When it is not on a BPF file system, or holds another version's pins.
+    /// When the directory cannot be read.
+    pub fn link_names(&self) -> Result<Vec<String>, PinError> {
+        names_in(&self.links_dir())
+    }
+
+    /// Checks that the directory of all versions can hold pins, and makes it.
+    ///
+    /// # Errors
+    ///
+    /// When it is not on a BPF file system, or cannot be made.
     pub fn prepare(&self) -> Result<(), PinError> {
         self.check_bpffs()?;
-        self.check_versions()?;
+        fs::create_dir_all(&self.pin_dir).map_err(io_error("make the directory", &self.pin_dir))
+    }
+
+    /// Makes the directories of this version.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be made.
+    pub fn make_dirs(&self) -> Result<(), PinError> {
         for dir in [self.maps_dir(), self.links_dir()] {
             fs::create_dir_all(&dir).map_err(io_error("make the directory", &dir))?;
         }
@@ -288,23 +414,6 @@ impl Pins {
         let usual = Path::new("/sys/fs/bpf");
         let mount_point = if self.pin_dir.starts_with(usual) { usual } else { &self.pin_dir };
         Err(PinError::NotBpffs { pin_dir: self.pin_dir.clone(), mount_point: mount_point.to_owned() })
-    }
-
-    fn check_versions(&self) -> Result<(), PinError> {
-        let entries = match fs::read_dir(&self.pin_dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(io_error("read", &self.pin_dir)(error)),
-        };
-        for entry in entries {
-            let path = entry.map_err(io_error("read", &self.pin_dir))?.path();
-            let version =
-                path.file_name().and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
-            if version.is_some_and(|version| version != abi::VERSION) {
-                return Err(PinError::OtherVersion { path });
-            }
-        }
-        Ok(())
     }
 
     /// Compares the maps that exist with what is needed. aya opens a pinned map without looking.
@@ -346,28 +455,55 @@ impl Pins {
         }
     }
 
-    /// Removes all pins and the directories that hold them.
+    /// Removes all pins of all versions, and the directories that hold them.
     ///
     /// # Errors
     ///
     /// When something cannot be removed.
     pub fn remove_all(&self) -> Result<(), PinError> {
-        for dir in [self.links_dir(), self.maps_dir()] {
-            let entries = match fs::read_dir(&dir) {
-                Ok(entries) => entries,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(io_error("read", &dir)(error)),
-            };
-            for entry in entries {
-                self.remove(&entry.map_err(io_error("read", &dir))?.path())?;
-            }
-            fs::remove_dir(&dir).map_err(io_error("remove", &dir))?;
+        for pins in self.all_versions()? {
+            remove_tree(&pins.version_dir())?;
         }
+        self.remove_remains()?;
         // The operator may keep other things beside ours.
-        let _ = fs::remove_dir(self.version_dir());
         let _ = fs::remove_dir(&self.pin_dir);
         Ok(())
     }
+}
+
+const DRAFT: &str = "draft-";
+const OLD: &str = "old-";
+
+/// The version whose directory has this name.
+fn version_of(name: &str) -> Option<u32> {
+    name.strip_prefix('v')?.parse().ok()
+}
+
+/// Names of what a directory holds, in order; one that is not there holds nothing.
+fn names_in(dir: &Path) -> Result<Vec<String>, PinError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(io_error("read", dir)(error)),
+    };
+    let mut names = entries
+        .map(|entry| Ok(entry.map_err(io_error("read", dir))?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<Vec<_>, _>>()?;
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// Removes a version's directory, links before maps.
+fn remove_tree(dir: &Path) -> Result<(), PinError> {
+    for name in names_in(dir)? {
+        let part = dir.join(name);
+        for pin in names_in(&part)? {
+            let pin = part.join(pin);
+            fs::remove_file(&pin).map_err(io_error("remove", &pin))?;
+        }
+        fs::remove_dir(&part).map_err(io_error("remove", &part))?;
+    }
+    fs::remove_dir(dir).map_err(io_error("remove", dir))
 }
 
 impl std::fmt::Display for Hook {
@@ -418,17 +554,17 @@ mod tests {
     #[test]
     fn paths_hold_the_version_and_no_dot_of_an_interface() {
         let pins = Pins::new(Path::new("/sys/fs/bpf/x"));
-        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v3/maps/ENDPOINT"));
-        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v3/links/parent-eth1:5-in"));
-        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v3/links/parent-eth1-xdpg"));
-        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v3/links/pod-7-out"));
+        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v4/maps/ENDPOINT"));
+        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v4/links/parent-eth1:5-in"));
+        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v4/links/parent-eth1-xdpg"));
+        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v4/links/pod-7-out"));
     }
 
     #[test]
     fn pins_are_found_again_by_name() {
         let dir = std::env::temp_dir().join(format!("eniway-pin-{}", std::process::id()));
         let pins = Pins::new(&dir);
-        fs::create_dir_all(pins.links_dir()).unwrap();
+        pins.make_dirs().unwrap();
         for path in [
             pins.pod_tc(7, Hook::In),
             pins.pod_tc(7, Hook::Out),

@@ -1,5 +1,5 @@
-//! System calls that aya does not offer: creating an XDP link without falling back to netlink, reading which interface a
-//! link belongs to, and reading a hash map by batches.
+//! System calls that aya does not offer: creating an XDP link without falling back to netlink, swapping the program behind a
+//! link of any kind, reading which interface a link belongs to, and maps whose layout is known at run time only.
 
 use std::{
     ffi::CString,
@@ -12,11 +12,19 @@ use std::{
     path::Path,
 };
 
+use aya::maps::MapType;
+
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_MAP_FREEZE: libc::c_int = 22;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_UPDATE: libc::c_int = 29;
 
 const BPF_XDP: u32 = 37;
 const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
@@ -88,8 +96,27 @@ pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     unsafe { bpf(BPF_OBJ_PIN, &mut attr) }.map(drop)
 }
 
+/// Swaps the program behind a link, in one step. `ENOLINK`: the interface is gone.
+pub(crate) fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attr {
+        link: u32,
+        program: u32,
+        flags: u32,
+        old_program: u32,
+    }
+    let mut attr = Attr {
+        link: link.as_fd().as_raw_fd() as u32,
+        program: program.as_fd().as_raw_fd() as u32,
+        flags: 0,
+        old_program: 0,
+    };
+    // SAFETY: `struct { ... } link_update` of `union bpf_attr`, without pointers.
+    unsafe { bpf(BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
 /// Opens an object by its name on a BPF file system.
-fn open(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = ObjAttr { path: path.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: `path` is a C string that outlives the call.
@@ -118,9 +145,149 @@ pub(crate) fn link_info(path: &Path) -> io::Result<LinkInfo> {
     Ok(info)
 }
 
-/// All entries of a hash map without per-CPU values. Bucket by bucket, each at one time: what stands in the map throughout is seen
-/// once, whatever programs add and remove meanwhile (kernel/bpf/hashtab.c, `__htab_map_lookup_and_delete_batch`).
+/// A new map.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewMap<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) kind: MapType,
+    pub(crate) key: usize,
+    pub(crate) value: usize,
+    pub(crate) entries: u32,
+    pub(crate) flags: u32,
+}
+
+/// Makes a map.
+pub(crate) fn map_create(map: NewMap<'_>) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        kind: u32,
+        key: u32,
+        value: u32,
+        entries: u32,
+        flags: u32,
+        inner_map: u32,
+        numa_node: u32,
+        name: [u8; 16],
+    }
+    let mut name = [0; 16];
+    // The last byte stays 0.
+    for (to, from) in name[..15].iter_mut().zip(map.name.bytes()) {
+        *to = from;
+    }
+    let mut attr = Attr {
+        kind: map.kind as u32,
+        key: map.key as u32,
+        value: map.value as u32,
+        entries: map.entries,
+        flags: map.flags,
+        inner_map: 0,
+        numa_node: 0,
+        name,
+    };
+    // SAFETY: the first fields of the `struct` for BPF_MAP_CREATE of `union bpf_attr`, without pointers.
+    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr) }?;
+    // SAFETY: the kernel made this descriptor for us a moment ago.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Takes from everybody the right to change a map from user space.
+pub(crate) fn map_freeze(map: impl AsFd) -> io::Result<()> {
+    let mut map = map.as_fd().as_raw_fd() as u32;
+    // SAFETY: the command reads the map's descriptor only.
+    unsafe { bpf(BPF_MAP_FREEZE, &mut map) }.map(drop)
+}
+
+#[repr(C)]
+struct ElemAttr {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Reads a value, of a size that the caller knows of the map; false if there is no such key.
+///
+/// # Safety
+///
+/// `key` and `value` must be as long as the map's keys and values; for a per-CPU map, a value is one for each possible CPU, each
+/// padded to 8 bytes.
+pub(crate) unsafe fn map_lookup(map: impl AsFd, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let mut attr = ElemAttr {
+        map: map.as_fd().as_raw_fd() as u32,
+        pad: 0,
+        key: key.as_ptr() as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the caller's promise; both outlive the call.
+    match unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes a value.
+///
+/// # Safety
+///
+/// As for [`map_lookup`].
+pub(crate) unsafe fn map_update(map: impl AsFd, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
+    let mut attr = ElemAttr {
+        map: map.as_fd().as_raw_fd() as u32,
+        pad: 0,
+        key: key.as_ptr() as u64,
+        value: value.as_ptr() as u64,
+        flags,
+    };
+    // SAFETY: the caller's promise; both outlive the call.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+}
+
+/// Removes an entry; false if there was none.
+///
+/// # Safety
+///
+/// `key` must be as long as the map's keys.
+pub(crate) unsafe fn map_delete(map: impl AsFd, key: &[u8]) -> io::Result<bool> {
+    let map = map.as_fd().as_raw_fd() as u32;
+    let mut attr = ElemAttr { map, pad: 0, key: key.as_ptr() as u64, value: 0, flags: 0 };
+    // SAFETY: the caller's promise.
+    match unsafe { bpf(BPF_MAP_DELETE_ELEM, &mut attr) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// All entries of a hash map without per-CPU values.
 pub(crate) fn hash_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>> {
+    let mut all = Vec::new();
+    let each = |key: &[u8], value: &[u8]| {
+        // SAFETY: each slice is as long as the type, of which every bit pattern is valid.
+        all.push(unsafe {
+            (key.as_ptr().cast::<K>().read_unaligned(), value.as_ptr().cast::<V>().read_unaligned())
+        });
+    };
+    // SAFETY: sizes were compared with the map's when it was opened as a typed one.
+    unsafe { for_each_entry(map, size_of::<K>(), size_of::<V>(), each) }?;
+    Ok(all)
+}
+
+/// Hands out all entries of a hash map without per-CPU values. Bucket by bucket, each at one time: what stands in the map
+/// throughout is seen once, whatever programs add and remove meanwhile (kernel/bpf/hashtab.c,
+/// `__htab_map_lookup_and_delete_batch`).
+///
+/// # Safety
+///
+/// `key_size` and `value_size` must be the map's.
+pub(crate) unsafe fn for_each_entry(
+    map: impl AsFd,
+    key_size: usize,
+    value_size: usize,
+    mut each: impl FnMut(&[u8], &[u8]),
+) -> io::Result<()> {
     #[repr(C)]
     struct Attr {
         in_batch: u64,
@@ -133,12 +300,12 @@ pub(crate) fn hash_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Resu
         flags: u64,
     }
     let mut room = 4096;
-    let mut all = Vec::new();
     // Where to go on: the number of a bucket.
     let mut at: Option<u32> = None;
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
     loop {
-        let mut keys = Vec::<K>::with_capacity(room);
-        let mut values = Vec::<V>::with_capacity(room);
+        keys.resize(room * key_size, 0_u8);
+        values.resize(room * value_size, 0_u8);
         let mut next = 0_u32;
         let mut attr = Attr {
             in_batch: at.as_ref().map_or(0, |at| std::ptr::from_ref(at) as u64),
@@ -150,8 +317,7 @@ pub(crate) fn hash_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Resu
             elem_flags: 0,
             flags: 0,
         };
-        // SAFETY: all pointers are to what outlives the call; `keys` and `values` have room for `count`, and sizes were
-        // compared with the map's when it was opened as a typed one.
+        // SAFETY: all pointers are to what outlives the call; `keys` and `values` have room for `count`, by the caller's promise.
         let end = match unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) } {
             Ok(_) => false,
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
@@ -162,14 +328,13 @@ pub(crate) fn hash_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Resu
             }
             Err(error) => return Err(error),
         };
-        // SAFETY: the kernel wrote so many, and every bit pattern of a `Pod` is valid.
-        unsafe {
-            keys.set_len(attr.count as usize);
-            values.set_len(attr.count as usize);
-        }
-        all.extend(keys.into_iter().zip(values));
+        let count = attr.count as usize;
+        keys.chunks(key_size)
+            .zip(values.chunks(value_size))
+            .take(count)
+            .for_each(|(key, value)| each(key, value));
         if end {
-            return Ok(all);
+            return Ok(());
         }
         at = Some(next);
     }

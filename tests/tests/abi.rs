@@ -1,41 +1,18 @@
 //! The layout that kernel programs, agents and pinned maps agree on, against the snapshot in `tests/abi.txt`.
 //! `ENIWAY_BLESS=1` writes the snapshot anew.
 
-use std::{
-    collections::BTreeSet,
-    env,
-    fmt::Write as _,
-    fs,
-    mem::{offset_of, size_of, size_of_val},
-};
+use std::{collections::BTreeSet, env, fmt::Write as _, fs};
 
 use datapath_common::abi::{
-    self, Admitted, Counter, CounterRow, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
-    Origin, Outcome, PairKey,
+    self, Direction, Door, Origin, Outcome,
     endpoint::flag,
-    maps::{self, VipKey, host_dst},
+    layout::{self, Record, Table},
+    maps::{self, host_dst},
     outcome::OUTCOMES,
-    policy::{ALLOW, ClassGroups, DENY, NOTHING, Page, ProgramRow, State, Verdict, VerdictRow},
+    policy::{ALLOW, DENY, NOTHING, State, Verdict},
 };
 
 const SNAPSHOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/abi.txt");
-
-/// Writes size and fields of a struct; does not compile when a field is left out.
-macro_rules! layout {
-    ($out:expr, $type:ident { $($field:ident),+ $(,)? }) => {{
-        fn sizes(it: &$type) -> Vec<usize> {
-            let $type { $($field),+ } = it;
-            vec![$(size_of_val($field)),+]
-        }
-        let offsets = [$((stringify!($field), offset_of!($type, $field))),+];
-        line($out, format_args!("struct {}: {} bytes", stringify!($type), size_of::<$type>()));
-        // SAFETY: only plain numbers and arrays of them: all zero is a value of each.
-        let zero: $type = unsafe { std::mem::zeroed() };
-        for ((name, offset), size) in offsets.into_iter().zip(sizes(&zero)) {
-            line($out, format_args!("struct {}.{name}: {size} at {offset}", stringify!($type)));
-        }
-    }};
-}
 
 fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
     writeln!(out, "{text}").expect("a string takes all");
@@ -44,43 +21,14 @@ fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
 fn snapshot() -> String {
     let mut text = format!("version {}\n", abi::VERSION);
     let out = &mut text;
-    layout!(
-        out,
-        Endpoint {
-            owner,
-            id,
-            generation,
-            ifindex,
-            parent_ifindex,
-            policy_id,
-            flags,
-            ipv4,
-            gateway_ipv4,
-            ipv6,
-            gateway_ipv6,
-            mac,
-            wire_mac,
-            gateway_mac,
-            vid,
-            mtu,
-            parent,
+    for Record { name, size, fields } in layout::RECORDS {
+        line(out, format_args!("struct {name}: {size} bytes"));
+        for field in fields {
+            line(out, format_args!("struct {name}.{}: {} at {}", field.name, field.size, field.offset));
         }
-    );
-    layout!(out, FlowKey { id, remote, remote_port, local_port, proto, pad });
-    layout!(out, Flow { door, origin, pad, seen });
-    layout!(out, FragmentKey { src, dst, id, ident, proto, pad });
-    layout!(out, Fragment { door, pad, epoch });
-    layout!(out, VerdictRow { verdicts });
-    layout!(out, ClassGroups { groups });
-    layout!(out, ProgramRow { programs });
-    layout!(out, Page { words });
-    layout!(out, PairKey { low, high, low_port, high_port, proto, query, pad });
-    layout!(out, Admitted { epoch, seen, opener, state, code, pad });
-    layout!(out, VipKey { addr, port, proto, pad });
-    layout!(out, Counter { packets, bytes });
-    layout!(out, CounterRow { counters });
-    for map in maps::ALL {
-        line(out, format_args!("map {map}"));
+    }
+    for Table { map, key, value } in layout::TABLES.into_iter().chain([layout::CARRIED]) {
+        line(out, format_args!("map {map}: {} ({}) -> {} ({})", key.name, key.size, value.name, value.size));
     }
     for constant in [maps::FAST_PATH, maps::PARENT_INDEX, maps::XDP_REDIRECT] {
         line(out, format_args!("constant {constant}"));

@@ -13,6 +13,7 @@ use datapath_common::abi::{Direction, Outcome};
 use eniway_tests::{
     lab::{
         NetnsGuard,
+        agent::{eniway_binary, next_agent},
         net::{UdpEcho, udp_exchange},
     },
     runtime::{Node, Said, Sandbox},
@@ -242,6 +243,16 @@ fn an_exclusive_eni_goes_into_its_pod_and_comes_back() -> Result {
     let seen =
         [node.counted(address, egress, Outcome::Wire)?, node.counted(address, ingress, Outcome::Wire)?];
     assert!(seen.iter().all(|packets| *packets > 0), "{seen:?}");
+
+    // Agents of another ABI version take over, up and down: what is inside of the pod changes its programs, too.
+    for binary in [next_agent()?, eniway_binary()?] {
+        node.kill_agent();
+        node.start_agent_as(&binary)?;
+        exchange(b"by another version")?;
+        assert!(node.plugin("CHECK", Some(sandbox), previous(&added))?.ok, "{}", node.log());
+    }
+    let now = [node.counted(address, egress, Outcome::Wire)?, node.counted(address, ingress, Outcome::Wire)?];
+    assert!(now.iter().zip(seen).all(|(now, seen)| *now >= seen + 2), "{now:?} after {seen:?}");
 
     // Another agent takes over without a change; what the pod may not say is dropped and counted.
     node.kill_agent();

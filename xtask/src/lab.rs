@@ -1,6 +1,6 @@
 //! `cargo xtask demo` and `cargo xtask lab`: build the lab's program and become it.
 
-use std::{env, os::unix::process::CommandExt as _, path::Path, path::PathBuf, process::Command};
+use std::{env, fs, os::unix::process::CommandExt as _, path::Path, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -49,6 +49,33 @@ pub(crate) fn build() -> Result<()> {
             "--bins",
         ]))
     })
+}
+
+/// Builds the agent of the ABI version after this one, which tests and benchmarks take turns with, as `next-abi/eniway` in the
+/// target directory. What is built in `profile` after it has this version again: nothing is built twice.
+pub(crate) fn build_next(profile: &str) -> Result<()> {
+    cmd::step("build the agent of the next ABI version", || {
+        let package = ["--package", "datapath-user", "--bin", "eniway", "--features", "next-abi"];
+        let build = ["build", "--locked", "--profile", profile];
+        cmd::run(cmd::cargo(&build).args(package))?;
+        let to = next_agent()?;
+        let dir = to.parent().context("the directory of the next version")?;
+        let target = dir.parent().context("the target directory")?;
+        let built = target.join(if profile == "dev" { "debug" } else { profile }).join("eniway");
+        fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        // By a rename: the old one may be running.
+        let new = to.with_extension("new");
+        fs::copy(&built, &new)
+            .and_then(|_| fs::rename(&new, &to))
+            .with_context(|| to.display().to_string())?;
+        // Whoever looks beside it for the agent finds the one of this version.
+        cmd::run(cmd::cargo(&build).args(&package[..4]))
+    })
+}
+
+/// Where [`build_next`] leaves the agent.
+pub(crate) fn next_agent() -> Result<PathBuf> {
+    Ok(bin_dir()?.with_file_name("next-abi").join("eniway"))
 }
 
 /// Fails where we are not root, before anything else is done.

@@ -68,6 +68,12 @@ enum Task {
         #[arg(last = true)]
         filter: Vec<String>,
     },
+    /// Build the agent of the ABI version after this one, with other layouts, which tests of upgrades take turns with.
+    NextAbi {
+        /// As `cargo build --profile`.
+        #[arg(long, default_value = "dev")]
+        profile: String,
+    },
     /// Measure (as root); exit status 1 only if measuring failed.
     Bench {
         /// What.
@@ -103,6 +109,7 @@ fn main() -> ExitCode {
             test::equivalence(test::Cases { seed, rule_sets })
         }
         Task::Test { group, kernels, filter, .. } => test::run(group, &kernels, &filter),
+        Task::NextAbi { profile } => lab::build_next(&profile).map(|()| true),
         Task::Bench { what, engine, kernel, report, plot, args } => {
             let measured = bench::run(what, engine, &kernel, report.as_deref(), &args);
             let drawn = report.zip(plot).map_or(Ok(()), |(report, plot)| bench::draw(&report, &plot));

@@ -59,7 +59,8 @@ pub(crate) fn run(group: Option<Group>, kernels: &[String], filter: &[String]) -
     }
     if !host_only {
         // One build for both groups; the scenarios run the agent's own program.
-        if let Err(error) = lab::build() {
+        let built = if wanted(Group::Lab) || wanted(Group::Vm) { lab::build_next("dev") } else { Ok(()) };
+        if let Err(error) = built.and_then(|()| lab::build()) {
             eprintln!("error: {error:#}");
             total.failed += 1;
         } else {

@@ -1,5 +1,6 @@
 //! The record of one pod.
 
+#[cfg(not(feature = "next-abi"))]
 use core::mem::{offset_of, size_of};
 
 /// Bits of [`Endpoint::flags`]. What stands for either pod of a pair holds for the pair.
@@ -20,6 +21,9 @@ pub mod flag {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Endpoint {
+    /// Zero.
+    #[cfg(feature = "next-abi")]
+    pub spare: u64,
     /// Who owns the record: a hash of pod uid and container id. Never 0 in a live record.
     pub owner: u64,
     /// The pod's number on this node, 1 to `MAX_ENDPOINTS`, for its whole life.
@@ -56,6 +60,7 @@ pub struct Endpoint {
     pub parent: u16,
 }
 
+#[cfg(not(feature = "next-abi"))]
 const _: () = {
     assert!(size_of::<Endpoint>() == 96);
     assert!(offset_of!(Endpoint, id) == 8);
@@ -71,6 +76,8 @@ const _: () = {
 impl Endpoint {
     /// An unused record.
     pub const ZERO: Self = Self {
+        #[cfg(feature = "next-abi")]
+        spare: 0,
         owner: 0,
         id: 0,
         generation: 0,

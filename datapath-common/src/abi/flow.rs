@@ -1,6 +1,8 @@
 //! The memory of doors: which way a flow came in, so that its replies leave the same way.
 
-use core::mem::{offset_of, size_of};
+#[cfg(not(feature = "next-abi"))]
+use core::mem::offset_of;
+use core::mem::size_of;
 
 /// The way a packet enters or leaves a pod. Numbers are stored in maps: never renumber.
 #[repr(u8)]
@@ -51,6 +53,12 @@ pub enum Origin {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowKey {
+    /// IP protocol number.
+    #[cfg(feature = "next-abi")]
+    pub proto: u8,
+    /// Zero.
+    #[cfg(feature = "next-abi")]
+    pub pad: [u8; 3],
     /// [`Endpoint::id`](super::Endpoint::id) of the pod.
     pub id: u32,
     /// IPv4 address of the other end.
@@ -60,13 +68,16 @@ pub struct FlowKey {
     /// Port of the pod; the identifier for ICMP queries; 0 where the protocol has no ports.
     pub local_port: u16,
     /// IP protocol number.
+    #[cfg(not(feature = "next-abi"))]
     pub proto: u8,
     /// Zero.
+    #[cfg(not(feature = "next-abi"))]
     pub pad: [u8; 3],
 }
 
+const _: () = assert!(size_of::<FlowKey>() == 16);
+#[cfg(not(feature = "next-abi"))]
 const _: () = {
-    assert!(size_of::<FlowKey>() == 16);
     assert!(offset_of!(FlowKey, remote_port) == 8);
     assert!(offset_of!(FlowKey, proto) == 12);
 };
@@ -75,6 +86,10 @@ const _: () = {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
+    /// When the flow was last known to live, in seconds of the monotonic clock, within [`Flow::REFRESH`]. Meaningful
+    /// for protocols without a connection only.
+    #[cfg(feature = "next-abi")]
+    pub seen: u32,
     /// A [`Door`].
     pub door: u8,
     /// An [`Origin`].
@@ -83,6 +98,7 @@ pub struct Flow {
     pub pad: [u8; 2],
     /// When the flow was last known to live, in seconds of the monotonic clock, within [`Flow::REFRESH`]. Meaningful
     /// for protocols without a connection only.
+    #[cfg(not(feature = "next-abi"))]
     pub seen: u32,
 }
 

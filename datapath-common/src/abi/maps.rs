@@ -52,7 +52,13 @@ pub const PAIRS: &str = "PAIRS";
 /// Whether a pod has, or had, an entry in `PAIRS`. Array by endpoint id of `u32`, 0 or 1.
 pub const PAIR_MARK: &str = "PAIR_MARK";
 
-/// All maps, in the order of creation.
+/// What the counters of earlier layouts had come to. Hash by endpoint id of [`Carried`](super::Carried), written and read by agents
+/// only; it is there only where counters were carried over.
+pub const CARRIED: &str = "CARRIED";
+/// What the maps hold, for agents of other versions ([`layout`](super::layout)): frozen array with one value, which is JSON and zeros.
+pub const LAYOUT: &str = "LAYOUT";
+
+/// All maps of the programs, in the order of creation.
 pub const ALL: [&str; 21] = [
     ENDPOINT,
     SUBENI,

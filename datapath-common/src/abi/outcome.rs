@@ -135,7 +135,7 @@ outcomes! {
 }
 
 /// One more than the largest number an outcome may have.
-pub const OUTCOMES: usize = 64;
+pub const OUTCOMES: usize = if cfg!(feature = "next-abi") { 128 } else { 64 };
 
 /// Which way a packet goes, seen from the pod.
 #[repr(u8)]
@@ -178,9 +178,24 @@ pub struct CounterRow {
     pub counters: [Counter; 2 * OUTCOMES],
 }
 
+/// Value of map `CARRIED`: what a pod's counters had come to in maps of other layouts. The pod's counters are this and those of
+/// `COUNTERS` together.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carried {
+    /// The kernel's id of the map that `pending` was read from.
+    pub from: u64,
+    /// What is final.
+    pub base: CounterRow,
+    /// What that map held when it was last read.
+    pub pending: CounterRow,
+}
+
+const _: () = assert!(size_of::<Carried>() == 8 + 2 * size_of::<CounterRow>());
+
 const _: () = {
     assert!(size_of::<Counter>() == 16);
-    assert!(size_of::<CounterRow>() == 2048);
+    assert!(size_of::<CounterRow>() == 32 * OUTCOMES);
     let mut i = 0;
     while i < Outcome::ALL.len() {
         assert!((Outcome::ALL[i] as usize) < OUTCOMES);
@@ -196,6 +211,14 @@ impl CounterRow {
     #[inline(always)]
     pub const fn index(direction: Direction, outcome: Outcome) -> usize {
         direction as usize * OUTCOMES + outcome as usize
+    }
+
+    /// Adds another row's counters.
+    pub fn add(&mut self, other: &Self) {
+        for (sum, counter) in self.counters.iter_mut().zip(&other.counters) {
+            sum.packets += counter.packets;
+            sum.bytes += counter.bytes;
+        }
     }
 
     /// The counter of one outcome.

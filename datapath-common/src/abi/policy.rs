@@ -136,11 +136,15 @@ pub struct PairKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Admitted {
+    /// [`Endpoint::id`](super::Endpoint::id) of the pod that opened it.
+    #[cfg(feature = "next-abi")]
+    pub opener: u32,
     /// The epoch in which it was last judged.
     pub epoch: u32,
     /// When it was last known to live, in seconds of the monotonic clock, within [`Admitted::REFRESH`].
     pub seen: u32,
     /// [`Endpoint::id`](super::Endpoint::id) of the pod that opened it.
+    #[cfg(not(feature = "next-abi"))]
     pub opener: u32,
     /// A [`State`].
     pub state: u8,

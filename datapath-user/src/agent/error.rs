@@ -8,7 +8,7 @@ use crate::{
     attach::AttachError, feature::FeatureError, ipam::IpamError, lock::LockError, netlink::NetlinkError,
     netns::NetnsError, nic::NicError, object::ObjectError, pin::PinError, privilege::PrivilegeError,
     run_file::RunFileError, service::ServiceError, source::file::SourceError, status::StatusError,
-    tables::TablesError, wiring::WiringError,
+    tables::TablesError, takeover::TakeoverError, wiring::WiringError,
 };
 
 /// Why the agent does not run.
@@ -50,6 +50,9 @@ pub enum AgentError {
     /// A pod's namespace.
     #[error(transparent)]
     Netns(#[from] NetnsError),
+    /// What another version has left.
+    #[error(transparent)]
+    Takeover(#[from] TakeoverError),
     /// The programs.
     #[error(transparent)]
     Object(#[from] ObjectError),

@@ -11,6 +11,7 @@ mod parent;
 mod pods;
 mod policy;
 mod report;
+mod succession;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,10 +21,7 @@ use std::{
 };
 
 use aya::Ebpf;
-use datapath_common::abi::{
-    Endpoint,
-    maps::{self, host_dst},
-};
+use datapath_common::abi::{Endpoint, maps::host_dst};
 use eniway_ipam::rpc::LocalSocket;
 use ipnet::Ipv4Net;
 use tokio::{
@@ -57,7 +55,8 @@ use crate::{
     service::Service,
     source::{Desired, Pod, Snapshot, file::SourceError},
     status::Status,
-    tables::{Live, Maps, Tables, TablesError},
+    tables::{Live, Tables, TablesError},
+    takeover::Takeover,
 };
 
 /// The cloud's metadata service.
@@ -193,7 +192,7 @@ impl Agent {
         let kind = feature::probe()?;
         parent::ifindexes(&config)?;
         let pins = Pins::new(&config.pin_dir);
-        let fresh = !pins.map(maps::ENDPOINT).exists();
+        let fresh = pins.all_versions()?.is_empty();
         let mut source = Feed::open(&config).await?;
         let first = match &mut source {
             Feed::File(file) => read_snapshot(file, &config),
@@ -204,17 +203,18 @@ impl Agent {
         }
         let addresses = netlink::local_addresses().await?;
         pins.prepare()?;
-        let pin_lock = lock::lock_pins(&pins.version_dir())?;
-        pins.check_layouts(&config.limits)?;
+        let pin_lock = lock::lock_pins(pins.dir())?;
+        let takeover = Takeover::begin(&pins, &config.limits)?;
         let locks = [run_lock, pin_lock];
 
         let grace = Rc::new(Grace::new(&config.run_dir));
         let short = grace.expedite();
         let started =
-            Self::attach(config, kind, Rc::clone(&grace), pins.clone(), addresses, source, locks, &loader);
+            Self::attach(config, kind, Rc::clone(&grace), takeover, addresses, source, locks, &loader);
         let mut agent = started.inspect_err(|_| {
-            // Where nothing was, nothing is left.
-            if fresh && let Err(error) = pins.remove_all() {
+            // Where nothing was, nothing is left; what was not used yet goes.
+            let removed = if fresh { pins.remove_all() } else { pins.remove_remains() };
+            if let Err(error) = removed {
                 log::error!("{error}");
             }
         })?;
@@ -236,29 +236,33 @@ impl Agent {
         config: Config,
         kind: TcKind,
         grace: Rc<Grace>,
-        pins: Pins,
+        mut takeover: Takeover,
         addresses: Vec<IpAddr>,
         source: Feed,
         locks: [Lock; 2],
         loader: &Loader,
     ) -> Result<Self, AgentError> {
         let ifindexes = parent::ifindexes(&config)?;
+        let pins = takeover.pins().clone();
 
         // The kernel's verifier passes everything before anything is attached.
-        let pods = object::load_for_pods(&config, &pins, loader)?;
-        let mut tables = Tables::new(Maps::open(&pins)?)?;
+        let pods = object::load_for_pods(&config, takeover.place(), loader)?;
+        let mut tables = succession::tables(&mut takeover)?;
         let indexes = parent::numbers(&ifindexes, tables.pods());
         let parents = config
             .parents
             .iter()
             .zip(ifindexes.iter().zip(indexes))
-            .map(|(parent, (ifindex, index))| Parent::load(&config, parent, *ifindex, index, &pins, loader))
+            .map(|(parent, (ifindex, index))| {
+                Parent::load(&config, parent, *ifindex, index, takeover.place(), loader)
+            })
             .collect::<Result<Vec<_>, _>>()?;
 
         let swept = tables.sweep()?;
         if swept > 0 {
             log::warn!("removed {swept} indexes that an interrupted change had left");
         }
+        takeover.publish()?;
         let status = Status {
             pid: std::process::id(),
             node: config.node.clone(),
@@ -299,8 +303,10 @@ impl Agent {
             _locks: locks,
         };
         agent.sync_host_dst()?;
+        agent.take_links_over(&mut takeover, loader)?;
         agent.attach_parents()?;
         agent.attach_known_pods();
+        agent.end_takeover(takeover)?;
         Ok(agent)
     }
 

@@ -7,7 +7,7 @@ use std::{
     path::PathBuf,
 };
 
-use aya::Ebpf;
+use aya::{Ebpf, programs::ProgramFd};
 use datapath_common::abi::maps::MAX_PARENTS;
 use ipnet::Ipv4Net;
 
@@ -19,7 +19,7 @@ use crate::{
     feature::TcKind,
     net,
     object::{self, ObjectError, program},
-    pin::{Hook, Pins},
+    pin::{Hook, LinkKind, Pins},
     privilege::Loader,
     source::{Desired, Pod},
     status::ParentStatus,
@@ -75,6 +75,17 @@ impl Parent {
             changes: Vec::new(),
             gateways: Vec::new(),
         })
+    }
+
+    /// The program that belongs behind a link of this parent, if it is to have one.
+    pub(super) fn program(&mut self, kind: LinkKind) -> Result<Option<ProgramFd>, ObjectError> {
+        let name = match kind {
+            LinkKind::Tc(Hook::In) => program::ENI_INGRESS,
+            LinkKind::Tc(Hook::Out) => program::ENI_EGRESS,
+            LinkKind::Xdp if self.config.xdp == Xdp::Off => return Ok(None),
+            LinkKind::Xdp => program::ENI_XDP,
+        };
+        object::program_fd(&mut self.ebpf, name).map(Some)
     }
 
     pub(super) fn name(&self) -> &str {

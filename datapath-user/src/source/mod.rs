@@ -200,6 +200,8 @@ impl Pod {
     /// Its record, without what wiring, tables and security groups fill in.
     pub fn record(&self, parent: u16, parent_ifindex: u32) -> Endpoint {
         Endpoint {
+            #[cfg(feature = "next-abi")]
+            spare: 0,
             owner: self.owner(),
             id: 0,
             generation: self.generation,

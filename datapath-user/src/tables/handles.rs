@@ -15,7 +15,7 @@ use aya::{
     util::nr_cpus,
 };
 use datapath_common::abi::{
-    Admitted, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+    Admitted, Carried, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
     maps::{self, SLOTS_PER_ENDPOINT, VLANS, VipKey},
     policy::{ClassGroups, Page, ProgramRow, VerdictRow},
 };
@@ -39,7 +39,7 @@ macro_rules! raw {
         unsafe impl aya::Pod for Raw<$abi> {}
     )+ };
 }
-raw!(Endpoint, FlowKey, Flow, FragmentKey, Fragment, VipKey, CounterRow);
+raw!(Endpoint, FlowKey, Flow, FragmentKey, Fragment, VipKey, CounterRow, Carried);
 raw!(VerdictRow, ClassGroups, ProgramRow, Page, PairKey, Admitted);
 
 /// Handles to all maps.
@@ -58,6 +58,8 @@ pub struct Maps {
     flow_mark: Array<MapData, u32>,
     frags: HashMap<MapData, Raw<FragmentKey>, Raw<Fragment>>,
     counters: PerCpuArray<MapData, Raw<CounterRow>>,
+    /// Where counters were carried over.
+    carried: Option<HashMap<MapData, u32, Raw<Carried>>>,
     /// Security groups.
     pub policy: PolicyMaps,
     cpus: usize,
@@ -128,15 +130,26 @@ impl Maps {
     ///
     /// When one is missing or cannot be opened.
     pub fn open(pins: &Pins) -> Result<Self, TablesError> {
-        Self::build(|map| match MapData::from_pin(pins.map(map)) {
-            Ok(data) => Ok(data),
-            Err(source) if errno(&source) == Some(libc::ENOENT) => Err(TablesError::Missing {
+        let open = |map| match MapData::from_pin(pins.map(map)) {
+            Ok(data) => Ok(Some(data)),
+            Err(source) if errno(&source) == Some(libc::ENOENT) => Ok(None),
+            Err(source) => Err(failed(map, "open")(source)),
+        };
+        let maps = Self::build(|map| {
+            open(map)?.ok_or_else(|| TablesError::Missing {
                 map,
                 place: pins.maps_dir().display().to_string(),
                 hint: "no agent has run with this pin_dir; start `eniway agent`",
-            }),
-            Err(source) => Err(failed(map, "open")(source)),
-        })
+            })
+        })?;
+        let carried = match open(maps::CARRIED)? {
+            Some(data) => {
+                let map = Map::from_map_data(data).and_then(HashMap::try_from);
+                Some(map.map_err(failed(maps::CARRIED, "use"))?)
+            }
+            None => None,
+        };
+        Ok(Self { carried, ..maps })
     }
 
     /// Handles to the maps of a loaded object, pinned or not.
@@ -188,6 +201,7 @@ impl Maps {
             flow_mark: Array::create(pods + 1, 0).map_err(failed(maps::FLOW_MARK, make))?,
             frags: HashMap::create(maps::MAX_FRAGS, 0).map_err(failed(maps::FRAGS, make))?,
             counters: PerCpuArray::create(pods + 1, 0).map_err(failed(maps::COUNTERS, make))?,
+            carried: None,
             policy: PolicyMaps::create(limits)?,
             cpus: cpus()?,
         })
@@ -215,6 +229,7 @@ impl Maps {
             flow_mark: typed(maps::FLOW_MARK, open(maps::FLOW_MARK)?)?,
             frags: typed(maps::FRAGS, open(maps::FRAGS)?)?,
             counters: typed(maps::COUNTERS, open(maps::COUNTERS)?)?,
+            carried: None,
             policy: PolicyMaps::build(open)?,
             cpus: cpus()?,
         })
@@ -599,7 +614,7 @@ impl Maps {
         self.flow_mark.set(id, mark, 0).map_err(failed(maps::FLOW_MARK, "write"))
     }
 
-    /// A pod's counters (id 0: packets without a pod), summed over the CPUs.
+    /// A pod's counters (id 0: packets without a pod), summed over the CPUs, with what was carried over.
     ///
     /// # Errors
     ///
@@ -607,11 +622,12 @@ impl Maps {
     pub fn counters(&self, id: u32) -> Result<CounterRow, TablesError> {
         let rows = self.counters.get(&id, 0).map_err(failed(maps::COUNTERS, "read"))?;
         let mut sum = CounterRow::ZERO;
-        for Raw(row) in rows.iter() {
-            for (total, counter) in sum.counters.iter_mut().zip(&row.counters) {
-                total.packets += counter.packets;
-                total.bytes += counter.bytes;
-            }
+        rows.iter().for_each(|Raw(row)| sum.add(row));
+        if let Some(carried) = &self.carried
+            && let Some(Raw(carried)) = found(maps::CARRIED, carried.get(&id, 0))?
+        {
+            sum.add(&carried.base);
+            sum.add(&carried.pending);
         }
         Ok(sum)
     }
@@ -638,6 +654,9 @@ impl Maps {
     ///
     /// When the map cannot be written.
     pub fn reset_counters(&mut self, id: u32) -> Result<(), TablesError> {
+        if let Some(carried) = &mut self.carried {
+            gone(maps::CARRIED, carried.remove(&id))?;
+        }
         let zeros = PerCpuValues::try_from(vec![Raw(CounterRow::ZERO); self.cpus])
             .map_err(|source| TablesError::Cpus { file: "the number of values", source })?;
         self.counters.set(id, zeros, 0).map_err(failed(maps::COUNTERS, "write"))

@@ -404,6 +404,21 @@ impl Tables {
         Ok(Some(old))
     }
 
+    /// Points all indexes of all pods at their records, where they do not. Returns how many did not.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read or written.
+    pub fn point_all(&mut self) -> Result<usize, TablesError> {
+        let pods: Vec<Live> = self.live.values().copied().collect();
+        let mut changes = 0;
+        for pod in pods {
+            changes += self.point(&pod.record, pod.slot, None)?;
+            self.live.insert(pod.record.owner, Live { missing: 0, ..pod });
+        }
+        Ok(changes)
+    }
+
     /// Removes indexes that point at no pod: what an agent left that was killed within an operation. Returns how
     /// many there were. Looks at all of `SUBENI` and of the direct tables: for the start, not for every change.
     ///

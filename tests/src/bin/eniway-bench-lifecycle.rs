@@ -217,6 +217,7 @@ fn attachments() -> Result<Value> {
     fs::create_dir_all(&dir)?;
     let pins = Pins::new(Path::new("/sys/fs/bpf/ewr-life-attach"));
     pins.prepare()?;
+    pins.make_dirs()?;
     let result = guard.netns().run(|| attach_in(guard.netns(), &pins, &Grace::new(&dir)))?;
     pins.remove_all()?;
     fs::remove_dir_all(&dir)?;

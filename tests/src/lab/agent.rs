@@ -151,10 +151,18 @@ impl Agent {
     ///
     /// When it runs already, or there is no binary.
     pub fn start(&self) -> Result<()> {
+        self.start_as(&eniway_binary()?, &[])
+    }
+
+    /// As [`start`](Self::start), with another binary and environment.
+    ///
+    /// # Errors
+    ///
+    /// When it runs already, or the binary cannot be run.
+    pub fn start_as(&self, binary: &Path, environment: &[(&str, &str)]) -> Result<()> {
         if self.pid().is_some() {
             return Err(self.error("it runs already"));
         }
-        let binary = eniway_binary()?;
         let log = OpenOptions::new()
             .create(true)
             .append(true)
@@ -162,7 +170,8 @@ impl Agent {
             .map_err(Error::io(format!("log {}", self.log().display())))?;
         let child = self
             .netns
-            .command(&binary)?
+            .command(binary)?
+            .envs(environment.iter().copied())
             .arg("agent")
             .arg("--config")
             .arg(self.config())
@@ -288,7 +297,15 @@ impl Agent {
     ///
     /// When it ends with an error.
     pub fn cli(&self, words: &[&str]) -> Result<String> {
-        let binary = eniway_binary()?;
+        self.cli_of(&eniway_binary()?, words)
+    }
+
+    /// As [`cli`](Self::cli), with another binary.
+    ///
+    /// # Errors
+    ///
+    /// When it ends with an error.
+    pub fn cli_of(&self, binary: &Path, words: &[&str]) -> Result<String> {
         let (binary, config) = (binary.to_string_lossy(), self.config());
         let mut command = vec![&*binary];
         command.extend(words);
@@ -369,6 +386,26 @@ pub fn eniway_binary() -> Result<PathBuf> {
     own.ancestors().skip(1).take(2).map(|dir| dir.join("eniway")).find(|path| path.is_file()).ok_or_else(
         || Error::Unknown(format!("binary `eniway` near {} (`cargo build -p datapath-user`)", own.display())),
     )
+}
+
+/// The `eniway` of the ABI version after this one: in `next-abi` beside the directory of the other programs.
+///
+/// # Errors
+///
+/// When there is none.
+pub fn next_agent() -> Result<PathBuf> {
+    let own = eniway_binary()?;
+    own.ancestors()
+        .skip(2)
+        .take(2)
+        .map(|dir| dir.join("next-abi/eniway"))
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            Error::Unknown(format!(
+                "binary `next-abi/eniway` near {} (`cargo xtask next-abi`)",
+                own.display()
+            ))
+        })
 }
 
 /// The file source of a node with these pods.

@@ -245,6 +245,16 @@ impl Node {
         self.wait("the agent is ready", |node| Ok(node.plugin("STATUS", None, json!({}))?.ok))
     }
 
+    /// As [`start_agent`](Self::start_agent), with another binary.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be started, or does not become ready.
+    pub fn start_agent_as(&mut self, binary: &Path) -> Result<()> {
+        self.spawn_agent_as(binary)?;
+        self.wait("the agent is ready", |node| Ok(node.plugin("STATUS", None, json!({}))?.ok))
+    }
+
     /// Starts the agent; answers with the time from its exec until it would add a pod, and forwards for this one.
     ///
     /// # Errors
@@ -296,13 +306,12 @@ impl Node {
     ///
     /// When it cannot be started.
     pub fn run_eniway(&self, words: &[&str]) -> Result<std::process::Output> {
-        let mut command = self.agent_command()?;
+        let mut command = self.agent_command(&eniway_binary()?)?;
         command.args(words).arg("--config").arg(self.path("agent.toml"));
         command.output().map_err(io_error("running eniway"))
     }
 
-    fn agent_command(&self) -> Result<Command> {
-        let binary = eniway_binary()?;
+    fn agent_command(&self, binary: &Path) -> Result<Command> {
         Ok(match self.launcher.split_first() {
             None => self.netns().command(binary)?,
             Some((program, words)) => {
@@ -319,10 +328,14 @@ impl Node {
     ///
     /// When it cannot be started.
     pub fn spawn_agent(&mut self) -> Result<()> {
+        self.spawn_agent_as(&eniway_binary()?)
+    }
+
+    fn spawn_agent_as(&mut self, binary: &Path) -> Result<()> {
         let path = self.path("agent.log");
         let log = fs::OpenOptions::new().create(true).append(true).open(&path);
         let log = log.map_err(io_error(format!("opening {}", path.display())))?;
-        let mut command = self.agent_command()?;
+        let mut command = self.agent_command(binary)?;
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.args(["agent", "--config"]).arg(self.path("agent.toml")).stdout(Stdio::null()).stderr(log);
         self.agent = Some(command.spawn().map_err(io_error("starting the agent"))?);
@@ -466,7 +479,7 @@ impl Node {
             traces.extend(given.iter().map(|one| format!("address of {}", one["name"])));
         }
         for (dir, what) in [
-            (self.pin_dir().join("v1/links"), "pin"),
+            (pins.links_dir(), "pin"),
             (self.run_dir().join("attachments"), "attachment"),
             (self.run_dir().join("enis"), "ENI in a pod"),
         ] {

@@ -20,10 +20,14 @@ use crate::{
 pub(crate) const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
 /// The test programs that run there.
-const TESTS: [&str; 8] = ["abi", "load", "fixtures", "equivalence", "lab", "fabric", "agent", "scenarios"];
+const TESTS: [&str; 9] =
+    ["abi", "load", "fixtures", "equivalence", "lab", "fabric", "agent", super::UPGRADES, "scenarios"];
 
 /// How many generated packets the comparison of host and kernel takes; elsewhere it takes more.
 const PACKETS: &str = "5000";
+
+/// At which of its steps an agent is killed on its way to another version; elsewhere at each.
+const KILL_EVERY: &str = "20";
 
 /// How long one kernel may take.
 const LIMIT: Duration = Duration::from_secs(1500);
@@ -102,7 +106,11 @@ fn on(kernel: &Kernel, programs: &[(String, PathBuf)], filter: &[String], bless:
         packaged: &[],
         trees: &[],
         dirs: &[temporary(programs)?],
-        env: &[("ENIWAY_BLESS", u8::from(bless).to_string()), ("ENIWAY_PACKETS", PACKETS.to_owned())],
+        env: &[
+            ("ENIWAY_BLESS", u8::from(bless).to_string()),
+            ("ENIWAY_PACKETS", PACKETS.to_owned()),
+            ("ENIWAY_KILL_EVERY", KILL_EVERY.to_owned()),
+        ],
         back: if bless { std::slice::from_ref(&budget) } else { &[] },
         limit: LIMIT,
     };

@@ -135,6 +135,9 @@ fn boot_in(dir: &Path, job: &Job<'_>, line: &mut impl FnMut(&str)) -> Result<Vec
 /// Where programs under test are inside.
 const GUEST_BIN: &str = "/opt/eniway";
 
+/// The test program that needs the agent of the next ABI version, too.
+const UPGRADES: &str = "agent_abi";
+
 fn build_image(to: &Path, scratch: &Path, job: &Job<'_>) -> Result<()> {
     let mut image = Image::create(to, scratch)?;
     for dir in
@@ -164,6 +167,9 @@ fn build_image(to: &Path, scratch: &Path, job: &Job<'_>) -> Result<()> {
         image.program(tool)?;
     }
     image.own_program(&lab::bin_dir()?.join("eniway"), &format!("{GUEST_BIN}/eniway"))?;
+    if job.runs.iter().any(|run| run.name == UPGRADES) {
+        image.own_program(&lab::next_agent()?, "/opt/next-abi/eniway")?;
+    }
     for file in job.files {
         let content = fs::read(file).with_context(|| file.display().to_string())?;
         image.file(file, 0o644, &content)?;
