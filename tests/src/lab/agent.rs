@@ -38,6 +38,8 @@ pub struct Agent {
     /// Whether its source is a document.
     reads_document: bool,
     child: Mutex<Option<Child>>,
+    /// What was started last.
+    binary: Mutex<Option<PathBuf>>,
     leave: bool,
 }
 
@@ -73,6 +75,7 @@ impl Agent {
             dir,
             reads_document: settings.allocator.is_none(),
             child: Mutex::new(None),
+            binary: Mutex::new(None),
             leave: false,
         };
         let prefixes: Vec<String> =
@@ -151,10 +154,18 @@ impl Agent {
     ///
     /// When it runs already, or there is no binary.
     pub fn start(&self) -> Result<()> {
+        self.start_program(&eniway_binary()?)
+    }
+
+    /// As [`start`](Self::start), with another build of `eniway`, which [`cli`](Self::cli) runs from then on too.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn start_program(&self, binary: &Path) -> Result<()> {
         if self.pid().is_some() {
             return Err(self.error("it runs already"));
         }
-        let binary = eniway_binary()?;
         let log = OpenOptions::new()
             .create(true)
             .append(true)
@@ -162,7 +173,7 @@ impl Agent {
             .map_err(Error::io(format!("log {}", self.log().display())))?;
         let child = self
             .netns
-            .command(&binary)?
+            .command(binary)?
             .arg("agent")
             .arg("--config")
             .arg(self.config())
@@ -172,6 +183,7 @@ impl Agent {
             .map_err(Error::io(format!("starting {}", binary.display())))?;
         remains::note_process(&self.places, child.id(), &format!("agent of {}", self.node))?;
         *lock(&self.child) = Some(child);
+        *lock(&self.binary) = Some(binary.to_owned());
         Ok(())
     }
 
@@ -288,7 +300,8 @@ impl Agent {
     ///
     /// When it ends with an error.
     pub fn cli(&self, words: &[&str]) -> Result<String> {
-        let binary = eniway_binary()?;
+        let started = lock(&self.binary).clone();
+        let binary = started.map_or_else(eniway_binary, Ok)?;
         let (binary, config) = (binary.to_string_lossy(), self.config());
         let mut command = vec![&*binary];
         command.extend(words);
