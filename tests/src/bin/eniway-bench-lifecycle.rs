@@ -72,7 +72,7 @@ struct Args {
     #[arg(long, value_name = "FILE", requires = "plot")]
     read: Option<PathBuf>,
     /// Writes the figures as a document into this directory
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "read")]
     plot: Option<PathBuf>,
 }
 
@@ -91,27 +91,20 @@ type Figures = BTreeMap<String, Value>;
 fn main() -> Result<()> {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     let args = Args::parse();
-    let figures = match &args.read {
-        Some(path) => read(path)?,
-        None => {
-            let measured = measure(&args);
-            // What was measured before something went wrong is measured.
-            let (figures, result) = measured;
-            if let Some(path) = &args.report {
-                let mut report = if path.exists() { read(path)? } else { Figures::new() };
-                report.extend(figures.clone());
-                fs::write(path, serde_json::to_string_pretty(&report)? + "\n")
-                    .with_context(|| path.display().to_string())?;
-            }
-            result?;
-            figures
-        }
-    };
-    if let Some(dir) = &args.plot {
+    if let (Some(report), Some(dir)) = (&args.read, &args.plot) {
         let path = dir.join("lifecycle.md");
-        fs::write(&path, lifecycle::document(&figures)).with_context(|| path.display().to_string())?;
+        let text = lifecycle::document(&read(report)?);
+        return fs::write(&path, text).with_context(|| path.display().to_string());
     }
-    Ok(())
+    let (figures, result) = measure(&args);
+    // What was measured before something went wrong is measured.
+    if let Some(path) = &args.report {
+        let mut report = if path.exists() { read(path)? } else { Figures::new() };
+        report.extend(figures);
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        fs::write(path, text).with_context(|| path.display().to_string())?;
+    }
+    result
 }
 
 fn read(path: &Path) -> Result<Figures> {

@@ -84,8 +84,8 @@ pub(super) fn act(
             done
         }
         Action::Upgrade | Action::Abi => {
-            // Two rounds there and back by being asked, two by being killed.
-            let killed = number % 4 >= 2;
+            // There and back, each way by turns.
+            let killed = number.div_ceil(2) % 2 == 1;
             stop(if killed { Signal::SIGKILL } else { Signal::SIGTERM })?;
             let next = if action == Action::Abi { programs.next.as_deref() } else { None };
             start(&by_turns(next.unwrap_or(&programs.other)))?;

@@ -44,6 +44,9 @@ const BEFORE: Duration = Duration::from_millis(200);
 /// After the agents are ready: what they put off until their next look at the tables is part of the round.
 const AFTER: Duration = Duration::from_millis(1_300);
 
+/// Of the control.
+const OUTAGE: Duration = Duration::from_millis(20);
+
 /// What is measured, and how hard.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -78,6 +81,7 @@ fn measure(lab: &Lab, options: &Options, progress: &mut impl FnMut(&str)) -> Res
     let mut load = Load::open(&ends)?;
     let talks = Talks::open(&ends)?;
     expect_doors(lab, &mut load, options.rate)?;
+    expect_loss(lab, &mut load, options.rate)?;
     let mut report = Report::new(options.rate, talks.count());
     let mut random = fastrand::Rng::with_seed(options.seed);
     for action in &options.actions {
@@ -141,6 +145,26 @@ fn expect_doors(lab: &Lab, load: &mut Load, rate: f64) -> Result<()> {
     if local < sent(Path::FastPath) || wire < by_wire {
         return Err(Error::Protocol(format!(
             "packets take other ways than they should: {local} by the fast path and {wire} by the wire, of {carried:?}"
+        )));
+    }
+    Ok(())
+}
+
+/// The control: while the VPC does not know pod `c` for a moment, packets to it are lost, are found to be lost, and no others.
+fn expect_loss(lab: &Lab, load: &mut Load, rate: f64) -> Result<()> {
+    let pod = lab.pod("c")?;
+    let carried = load.carry(rate, || {
+        thread::sleep(BEFORE);
+        lab.fabric().detach_nic(&pod.port, pod.vlan)?;
+        thread::sleep(OUTAGE);
+        lab.fabric().attach_nic(&pod.port, pod.vlan, pod.ip, pod.mac, pod.eip)?;
+        thread::sleep(BEFORE);
+        Ok(())
+    })?;
+    let found = |carried: &Carried| (carried.tally.unexplained() > 0) == (carried.path != Path::FastPath);
+    if !carried.iter().all(found) {
+        return Err(Error::Protocol(format!(
+            "the control finds other losses than it makes, to pod c by the VPC: {carried:?}"
         )));
     }
     Ok(())

@@ -176,8 +176,15 @@ impl Report {
             }
         }
         let mut text = table.render("");
+        for case in self.cases.iter().filter(|case| case.hairpinned > 0) {
+            text.push_str(&format!(
+                "{}: {} packets between pods of one node went by the VPC\n",
+                case.action.name(),
+                case.hairpinned
+            ));
+        }
         text.push_str(&format!(
-            "\nTCP: {} of {} connections stood to the end; {} exchanges, every byte as it was sent; {} segments sent again\n",
+            "TCP: {} of {} connections stood to the end; {} exchanges, every byte as it was sent; {} segments sent again\n",
             self.survived, self.connections, self.exchanges, self.retransmitted
         ));
         for line in &self.ended {
