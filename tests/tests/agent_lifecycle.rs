@@ -2,7 +2,7 @@
 //! upgraded.
 
 use eniway_tests::{
-    lab::agent::eniway_binary,
+    lab::{XdpMode, agent::eniway_binary},
     lifecycle::{self, Action, Options, Programs},
 };
 
@@ -12,16 +12,16 @@ fn seed() -> u64 {
     seed.unwrap_or_else(|| fastrand::u64(..))
 }
 
-#[test]
-fn no_packet_notices_a_kill_or_an_upgrade() -> anyhow::Result<()> {
+fn no_packet_notices(id: &str, xdp: XdpMode) -> anyhow::Result<()> {
     let agent = eniway_binary()?;
     let dir = tempfile::tempdir()?;
     let other = dir.path().join("eniway");
     std::fs::copy(&agent, &other)?;
     let options = Options {
-        id: "a-lifecycle".to_owned(),
+        id: id.to_owned(),
         programs: Programs { agent, other, next: None },
         actions: vec![Action::Kill, Action::Upgrade],
+        xdp,
         rate: 5_000.0,
         rounds: 2,
         seed: seed(),
@@ -39,4 +39,14 @@ fn no_packet_notices_a_kill_or_an_upgrade() -> anyhow::Result<()> {
     assert!(report.connections > 0);
     assert_eq!(report.survived, report.connections, "{:?}", report.ended);
     Ok(())
+}
+
+#[test]
+fn no_packet_notices_a_kill_or_an_upgrade() -> anyhow::Result<()> {
+    no_packet_notices("a-lifecycle", XdpMode::Off)
+}
+
+#[test]
+fn no_packet_notices_them_with_xdp() -> anyhow::Result<()> {
+    no_packet_notices("a-lifecycle-xdp", XdpMode::Redirect)
 }

@@ -32,7 +32,7 @@ use datapath_user::{
     pin::{Hook, Pins},
 };
 use eniway_tests::{
-    lab::{Netns, NetnsGuard, agent::eniway_binary},
+    lab::{Netns, NetnsGuard, XdpMode, agent::eniway_binary},
     lifecycle::{self, Action, Options, Programs},
     runtime::{Node, Said, Sandbox},
 };
@@ -65,6 +65,9 @@ struct Args {
     /// lost: what is done
     #[arg(long, value_delimiter = ',', default_values = ["kill", "upgrade", "abi"])]
     actions: Vec<Action>,
+    /// lost: how the agents use XDP
+    #[arg(long, default_value = "off")]
+    xdp: XdpMode,
     /// lost: decides when agents are killed while they start; a random one by default
     #[arg(long)]
     seed: Option<u64>,
@@ -155,6 +158,7 @@ fn lost(args: &Args, figures: &mut Figures) -> Result<()> {
         id: "bench-life".to_owned(),
         programs: Programs { agent, other, next: next.ok() },
         actions,
+        xdp: args.xdp,
         rate: f64::from(args.rate),
         rounds: args.rounds,
         seed,

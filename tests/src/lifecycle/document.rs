@@ -8,7 +8,9 @@ use super::{action::Action, load::Path};
 
 /// A page in Markdown with the tables of all figures that are there.
 pub fn document(figures: &BTreeMap<String, Value>) -> String {
-    let mut text = String::from("# The agent's life\n\n[What the columns mean, and how to repeat it](README.md#the-agents-life)\n");
+    let mut text = String::from(
+        "# The agent's life\n\n[What the columns mean, and how to repeat it](README.md#the-agents-life)\n",
+    );
     if figures.contains_key("lost") {
         packets(figures, &mut text);
     }

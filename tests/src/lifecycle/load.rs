@@ -178,10 +178,10 @@ impl Stream {
             socket.connect(to)?;
             Ok(socket)
         };
-        let clients =
-            client.netns.run(|| (0..FLOWS).map(|_| connect()).collect::<io::Result<Vec<_>>>())?.map_err(
-                Error::io(format!("a socket of pod {} towards {to}", client.name)),
-            )?;
+        let clients = client
+            .netns
+            .run(|| (0..FLOWS).map(|_| connect()).collect::<io::Result<Vec<_>>>())?
+            .map_err(Error::io(format!("a socket of pod {} towards {to}", client.name)))?;
         let stream = Self { path, share, clients, server: bound, overflows: 0 };
         stream.sockets().try_for_each(socket::widen).map_err(Error::io("widening a socket's buffers"))?;
         Ok(stream)
@@ -291,12 +291,7 @@ fn ask(
 }
 
 /// Takes all answers that are there; says whether there were any.
-fn take(
-    streams: &[Stream],
-    round: u32,
-    sides: &mut [Side],
-    answers: &mut Vec<Datagram>,
-) -> io::Result<bool> {
+fn take(streams: &[Stream], round: u32, sides: &mut [Side], answers: &mut Vec<Datagram>) -> io::Result<bool> {
     let mut any = false;
     for (stream, side) in streams.iter().zip(sides) {
         for socket in &stream.clients {

@@ -37,7 +37,7 @@ use self::{
     witness::Witness,
     world::Doors,
 };
-use crate::lab::{Error, Lab, Result};
+use crate::lab::{Error, Lab, Result, XdpMode};
 
 /// Packets flow for so long before anything happens.
 const BEFORE: Duration = Duration::from_millis(200);
@@ -56,6 +56,8 @@ pub struct Options {
     pub programs: Programs,
     /// What is done, in this order.
     pub actions: Vec<Action>,
+    /// How the agents use XDP.
+    pub xdp: XdpMode,
     /// Requests a second on each path; each is answered.
     pub rate: f64,
     /// Rounds of each action that count.
@@ -70,7 +72,7 @@ pub struct Options {
 ///
 /// When the lab cannot be built, or an agent does not become ready. Lost packets are no error: the report tells them.
 pub fn run(options: &Options, mut progress: impl FnMut(&str)) -> Result<Report> {
-    let lab = world::build(&options.id)?;
+    let lab = world::build(&options.id, options.xdp)?;
     let report = measure(&lab, options, &mut progress)?;
     lab.shutdown()?;
     Ok(report)
@@ -175,7 +177,9 @@ fn void(carried: &[Carried], backlog: u64) -> Option<String> {
     let sum = |of: fn(&Tally) -> u64| carried.iter().map(|carried| of(&carried.tally)).sum::<u64>();
     let (full, unexplained) = (sum(|tally| tally.full.min(tally.lost)), sum(Tally::unexplained));
     if unexplained > 0 && backlog >= unexplained {
-        return Some(format!("a processor's queue was full {backlog} times, {unexplained} packets are missing"));
+        return Some(format!(
+            "a processor's queue was full {backlog} times, {unexplained} packets are missing"
+        ));
     }
     (unexplained == 0 && full > 0).then(|| format!("sockets were full: {full} packets"))
 }

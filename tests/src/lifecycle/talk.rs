@@ -58,7 +58,8 @@ impl Talks {
             let listener =
                 listener.map_err(Error::io(format!("listening in pod {} at {at}", ends.server.name)))?;
             for _ in 0..CONNECTIONS {
-                let what = format!("{}: {} to {} by {}", ends.path, ends.client.name, ends.server.name, ends.to);
+                let what =
+                    format!("{}: {} to {} by {}", ends.path, ends.client.name, ends.server.name, ends.to);
                 let stream = net::tcp_connect(&ends.client.netns, 0, ends.to, DEAD)?;
                 let (answers, _) = listener.accept().map_err(Error::io(what.clone()))?;
                 thread::spawn(move || echo(answers));
@@ -106,7 +107,10 @@ fn talk(stream: &TcpStream, exchanges: &AtomicU64, stop: &AtomicBool) -> io::Res
         stream.write_all(&request[..length])?;
         stream.read_exact(&mut answer[..length])?;
         if answer[..length] != request[..length] {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the answer has other bytes than the request"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the answer has other bytes than the request",
+            ));
         }
         exchanges.fetch_add(1, Ordering::Relaxed);
         if last {

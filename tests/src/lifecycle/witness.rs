@@ -15,11 +15,16 @@ impl Witness {
     pub(super) fn look(lab: &Lab) -> Result<Self> {
         let mut counts = BTreeMap::new();
         for count in lab.fabric().counts()? {
-            counts.insert(format!("fabric: {} VLAN {}: {:?}", count.port, count.vlan, count.kind), count.packets);
+            counts.insert(
+                format!("fabric: {} VLAN {}: {:?}", count.port, count.vlan, count.kind),
+                count.packets,
+            );
         }
         for agent in lab.agents() {
-            let table: Value = serde_json::from_str(&agent.cli(&["counters", "--json"])?)
-                .map_err(|error| Error::Protocol(format!("`eniway counters` of {}: {error}", agent.node())))?;
+            let table: Value =
+                serde_json::from_str(&agent.cli(&["counters", "--json"])?).map_err(|error| {
+                    Error::Protocol(format!("`eniway counters` of {}: {error}", agent.node()))
+                })?;
             for row in table["rows"].as_array().into_iter().flatten() {
                 let word = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
                 if word("kind") != "forward" {
@@ -72,7 +77,9 @@ fn namespace(name: &str, netns: &Netns, counts: &mut BTreeMap<String, u64>) -> R
         let Some((interface, numbers)) = line.split_once(':') else { continue };
         let numbers: Vec<u64> = numbers.split_whitespace().filter_map(|n| n.parse().ok()).collect();
         // `bytes packets errs drop …`, eight numbers of what was received and eight of what was sent.
-        for (what, column) in [("receive errors", 2), ("receive drops", 3), ("send errors", 10), ("send drops", 11)] {
+        for (what, column) in
+            [("receive errors", 2), ("receive drops", 3), ("send errors", 10), ("send drops", 11)]
+        {
             if let Some(count) = numbers.get(column) {
                 counts.insert(format!("{name}: {}: {what}", interface.trim()), *count);
             }
@@ -81,7 +88,9 @@ fn namespace(name: &str, netns: &Netns, counts: &mut BTreeMap<String, u64>) -> R
     let mut lines = protocols.lines();
     while let (Some(keys), Some(values)) = (lines.next(), lines.next()) {
         for (key, value) in keys.split_whitespace().zip(values.split_whitespace()) {
-            let wrong = ["Errors", "Discards", "NoRoutes", "NoPorts", "DestUnreachs"].iter().any(|end| key.ends_with(end));
+            let wrong = ["Errors", "Discards", "NoRoutes", "NoPorts", "DestUnreachs"]
+                .iter()
+                .any(|end| key.ends_with(end));
             if let (true, Ok(count)) = (wrong, value.parse()) {
                 let protocol = keys.split(':').next().unwrap_or_default();
                 counts.insert(format!("{name}: {protocol} {key}"), count);

@@ -6,7 +6,7 @@ use datapath_common::abi::Outcome;
 use serde_json::{Value, json};
 
 use super::load::{Ends, Path};
-use crate::lab::{Agent, Error, Lab, Pod, PodSpec, Protocol, Result, VipSpec, agent::READY};
+use crate::lab::{Agent, Error, Lab, Pod, PodSpec, Protocol, Result, VipSpec, XdpMode, agent::READY};
 
 const WIRE: u16 = 7_001;
 const FAST_PATH: u16 = 7_002;
@@ -17,7 +17,7 @@ const VIP_OTHER_NODE: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 202);
 
 /// Builds it and starts the agents. Flows between the pods are judged one by one, and remembered: more state than
 /// pods that are open to each other have.
-pub(super) fn build(id: &str) -> Result<Lab> {
+pub(super) fn build(id: &str, xdp: XdpMode) -> Result<Lab> {
     let pod = |name: &str, node: &str, last: u8| PodSpec {
         namespace: "default".into(),
         name: name.into(),
@@ -33,6 +33,7 @@ pub(super) fn build(id: &str) -> Result<Lab> {
         .pod_spec(pod("a", "n1", 101))
         .pod_spec(pod("b", "n1", 102))
         .pod_spec(pod("c", "n2", 103))
+        .xdp(xdp)
         .flow_log(false);
     for (ip, port, backend) in [(VIP_SAME_NODE, ELB_SAME_NODE, "b"), (VIP_OTHER_NODE, ELB_OTHER_NODE, "c")] {
         for protocol in [Protocol::Udp, Protocol::Tcp] {
