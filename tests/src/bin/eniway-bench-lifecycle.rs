@@ -32,11 +32,12 @@ use datapath_user::{
     pin::{Hook, Pins},
 };
 use eniway_tests::{
+    demo::table::{Align, Table},
     lab::{Netns, NetnsGuard, XdpMode, agent::eniway_binary},
     lifecycle::{self, Action, Options, Programs},
     runtime::{Node, Said, Sandbox},
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Pods of each plugin, one after another and at a time.
 const AT_A_TIME: usize = 8;
@@ -116,7 +117,7 @@ fn read(path: &Path) -> Result<Figures> {
 }
 
 fn measure(args: &Args) -> (Figures, Result<()>) {
-    let mut figures = Figures::new();
+    let mut figures = place();
     let wanted = |case| args.cases.is_empty() || args.cases.contains(&case);
     let mut all = || {
         if wanted(Case::Lost) {
@@ -132,6 +133,28 @@ fn measure(args: &Args) -> (Figures, Result<()>) {
     };
     let result = all();
     (figures, result)
+}
+
+/// Where and when this is measured.
+fn place() -> Figures {
+    let file = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let of = |text: &str, key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)?.split_once(':'));
+        line.map_or_else(|| "unknown".to_owned(), |(_, value)| value.trim().to_owned())
+    };
+    let processors = thread::available_parallelism().map_or(0, usize::from);
+    let memory: u64 =
+        of(&file("/proc/meminfo"), "MemTotal").trim_end_matches(" kB").parse().unwrap_or_default();
+    let machine = format!(
+        "{processors} processors ({}), {} GiB",
+        of(&file("/proc/cpuinfo"), "model name"),
+        memory.div_ceil(1 << 20)
+    );
+    let date = std::process::Command::new("date").arg("-I").output();
+    let date = date.map(|date| String::from_utf8_lossy(&date.stdout).trim().to_owned()).unwrap_or_default();
+    [("date", date), ("machine", machine), ("kernel", file("/proc/sys/kernel/osrelease").trim().to_owned())]
+        .map(|(key, value)| (key.to_owned(), json!(value)))
+        .into()
 }
 
 fn note(figures: &mut Figures, key: &str, value: Value) {
@@ -198,7 +221,9 @@ fn next_agent(agent: &Path) -> Result<PathBuf> {
 
 /// Pods of both plugins that come and go.
 fn cni(pods: usize, figures: &mut Figures) -> Result<()> {
+    println!("attaching a pod's programs, {ATTACHMENTS} times in each way");
     note(figures, "attach_ms", attachments()?);
+    println!("{pods} pods of each plugin, one after another and {AT_A_TIME} at a time");
     let mut node = Node::new("lifecycle", 300)?;
     node.start_agent()?;
     let plugins = [Plugin::Ours, Plugin::Reference];
@@ -235,23 +260,43 @@ fn cni(pods: usize, figures: &mut Figures) -> Result<()> {
             stands.extend(new);
         }
     }
-    let [ours, reference] = &mut one;
-    let [ours_8, reference_8] = &mut eight;
-    let add = json!({
-        "p50": percentile(ours, 50), "p99": percentile(ours, 99),
-        "p50_8": percentile(ours_8, 50), "p99_8": percentile(ours_8, 99),
-        "ptp_p50": percentile(reference, 50), "ptp_p99": percentile(reference, 99),
-        "ptp_p50_8": percentile(reference_8, 50), "ptp_p99_8": percentile(reference_8, 99),
-    });
-    note(figures, "cni_add_ms", add);
-    let [ours, reference] = &mut gone;
-    let del = json!({ "p50": percentile(ours, 50), "ptp_p50": percentile(reference, 50) });
-    note(figures, "cni_del_ms", del);
+    let mut table = Table::new(&[
+        ("PLUGIN", Align::Left),
+        ("ADD P50 MS", Align::Right),
+        ("P99", Align::Right),
+        ("EIGHT P50", Align::Right),
+        ("P99", Align::Right),
+        ("DEL P50", Align::Right),
+    ]);
+    let (mut add, mut del) = (Map::new(), Map::new());
+    let measured = one.iter_mut().zip(&mut eight).zip(&mut gone);
+    for ((name, prefix), ((one, eight), gone)) in
+        [("eniway-cni", ""), ("ptp, host-local", "ptp_")].iter().zip(measured)
+    {
+        let values = [
+            percentile(one, 50),
+            percentile(one, 99),
+            percentile(eight, 50),
+            percentile(eight, 99),
+            percentile(gone, 50),
+        ];
+        let [p50, p99, p50_8, p99_8, gone] = &values;
+        for (key, value) in [("p50", p50), ("p99", p99), ("p50_8", p50_8), ("p99_8", p99_8)] {
+            add.insert(format!("{prefix}{key}"), value.clone());
+        }
+        del.insert(format!("{prefix}p50"), gone.clone());
+        let [a, b, c, d, e] = values.map(|value| value.to_string());
+        table.row([(*name).to_owned(), a, b, c, d, e]);
+    }
+    print!("{}", table.render(""));
+    figures.insert("cni_add_ms".to_owned(), Value::Object(add));
+    figures.insert("cni_del_ms".to_owned(), Value::Object(del));
     end(&node, &stands)
 }
 
 /// The agent of a full node.
 fn agent(figures: &mut Figures) -> Result<()> {
+    println!("the agent with {FULL} pods, and {STARTS} starts");
     let mut node = Node::new("lifecycle", 300)?;
     node.start_agent()?;
     let mut stands = Vec::new();

@@ -111,12 +111,6 @@ impl Report {
         }
     }
 
-    /// Whether nothing was lost, and no connection ended.
-    pub fn is_clean(&self) -> bool {
-        self.cases.iter().all(|case| case.lost().values().all(|lost| *lost == 0))
-            && self.survived == self.connections
-    }
-
     /// The figures, by their names.
     pub fn figures(&self) -> Map<String, Value> {
         let by_case = |of: &dyn Fn(&Case) -> Value| {
