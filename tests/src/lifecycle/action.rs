@@ -17,7 +17,7 @@ use crate::lab::{
 /// How long nobody looks after the nodes, where the agent is not started at once.
 const AWAY: Duration = Duration::from_millis(100);
 /// An agent that is killed before it is ready has run for less than this.
-const YOUNG: Duration = Duration::from_millis(150);
+const YOUNG: Duration = Duration::from_millis(300);
 
 /// What is done in a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, ValueEnum)]
