@@ -1,6 +1,8 @@
 //! What happens to the agents while packets flow.
 
 use std::{
+    collections::BTreeSet,
+    fs, io,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -10,7 +12,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::lab::{
-    Lab, Result,
+    Agent, Error, Lab, Result,
     agent::{READY, Signal},
 };
 
@@ -66,6 +68,7 @@ pub(super) fn act(
     let by_turns = |other: &Path| if odd { programs.agent.clone() } else { other.to_owned() };
     let start = |program: &Path| lab.agents().iter().try_for_each(|agent| agent.start_program(program));
     let stop = |signal| lab.agents().iter().try_for_each(|agent| agent.stop(signal));
+    let before = versions(lab)?;
     let mut begin = Instant::now();
     let done = match action {
         Action::Kill => {
@@ -93,5 +96,27 @@ pub(super) fn act(
         }
     };
     lab.agents().iter().try_for_each(|agent| agent.wait_ready(READY))?;
-    Ok((begin.elapsed(), done))
+    let time = begin.elapsed();
+    let after = versions(lab)?;
+    let moved = before.iter().zip(&after).all(|(before, after)| before != after);
+    let stayed = before == after;
+    if if action == Action::Abi { !moved } else { !stayed } {
+        return Err(Error::Protocol(format!(
+            "{}: pinned tables of {before:?} have become those of {after:?}",
+            action.name()
+        )));
+    }
+    Ok((time, done))
+}
+
+/// What each agent has below its pins: one directory, named after the version of its ABI.
+fn versions(lab: &Lab) -> Result<Vec<BTreeSet<String>>> {
+    let names = |dir: &Path| -> io::Result<BTreeSet<String>> {
+        fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    };
+    let of = |agent: &Agent| {
+        let dir = agent.pin_dir();
+        names(dir).map_err(Error::io(format!("reading {}", dir.display())))
+    };
+    lab.agents().iter().map(of).collect()
 }
