@@ -9,5 +9,6 @@ pub mod dice;
 pub mod equivalence;
 pub mod faults;
 pub mod lab;
+pub mod lifecycle;
 pub mod programs;
 pub mod runtime;

@@ -24,7 +24,7 @@ pub(crate) enum Bench {
     Ipam,
     /// What security groups cost on the fast path; by the clock.
     Policy,
-    /// Pods' coming, the agent's memory and its start; by the clock.
+    /// Packets while agents are killed and upgraded; pods' coming, the agent's memory and its start; by the clock.
     Lifecycle,
     /// Each kernel program on one packet over and over, beside one that does nothing.
     Programs,
@@ -55,7 +55,7 @@ pub(crate) fn run(
         }
         (Bench::Ipam, _) => ipam(report),
         (Bench::Policy, _) => policy(report),
-        (Bench::Lifecycle, _) => lifecycle(report),
+        (Bench::Lifecycle, _) => lifecycle(report, args),
         // Each run takes as many instructions as the one before; the medians keep the timer's interrupts out.
         (Bench::Programs, None | Some(Engine::Counted)) => {
             let few = ["--rounds", "7", "--repeat", "500"].map(String::from);
@@ -71,9 +71,12 @@ pub(crate) fn run(
 }
 
 /// Makes tables and charts of a report.
-pub(crate) fn draw(report: &Path, dir: &Path) -> Result<()> {
-    let mut draw = Command::new(lab::bin_dir()?.join("eniway-bench"));
-    cmd::output(draw.arg("--read").arg(report).arg("--plot").arg(dir)).map(drop)
+pub(crate) fn draw(bench: Bench, report: &Path, dir: &Path) -> Result<()> {
+    let program = match bench {
+        Bench::Lifecycle => release(&[LIFECYCLE])?.join(LIFECYCLE),
+        _ => lab::bin_dir()?.join("eniway-bench"),
+    };
+    cmd::output(Command::new(program).arg("--read").arg(report).arg("--plot").arg(dir)).map(drop)
 }
 
 /// Open vSwitch, for virtual machines only: its kernel module is not on every machine.
@@ -174,16 +177,16 @@ fn policy(report: Option<&Path>) -> Result<()> {
     cmd::step("the kernel programs", || cmd::run(&mut packets))
 }
 
-fn lifecycle(report: Option<&Path>) -> Result<()> {
+fn lifecycle(report: Option<&Path>, args: &[String]) -> Result<()> {
     lab::need_root("the benchmark")?;
     setup::run(Scope::Tests)?;
-    let bin = release(&["eniway", PLUGIN, "eniway-bench-lifecycle"])?;
-    let mut bench = Command::new(bin.join("eniway-bench-lifecycle"));
-    bench.env("ENIWAY_BIN", bin.join("eniway"));
+    let bin = release(&["eniway", PLUGIN, LIFECYCLE])?;
+    let mut bench = Command::new(bin.join(LIFECYCLE));
+    bench.args(args).env("ENIWAY_BIN", bin.join("eniway"));
     if let Some(report) = report {
         bench.arg("--report").arg(report);
     }
-    cmd::step("pods, the agent's memory and its start", || cmd::run(&mut bench))
+    cmd::step("the agent's life", || cmd::run(&mut bench))
 }
 
 /// Builds a crate's benchmark for speed.
@@ -223,6 +226,7 @@ fn ipam(report: Option<&Path>) -> Result<()> {
     cmd::step("kills of allocators and agents", || cmd::run(&mut program("eniway-bench-faults")))
 }
 
+const LIFECYCLE: &str = "eniway-bench-lifecycle";
 const PLUGIN: &str = "eniway-cni";
 const COMPILER: &str = "eniway-policy";
 const ALLOCATOR: &str = "eniway-ipam";

@@ -87,7 +87,7 @@ enum Task {
         /// Write the figures to this JSON file.
         #[arg(long, value_name = "FILE")]
         report: Option<PathBuf>,
-        /// Write tables and charts into this directory (paths only).
+        /// Write tables and charts into this directory (paths and lifecycle only).
         #[arg(long, value_name = "DIR", requires = "report")]
         plot: Option<PathBuf>,
         /// For the benchmark's own program: cases, `--systems`; `--help` lists them.
@@ -112,7 +112,7 @@ fn main() -> ExitCode {
         Task::NextAbi { profile } => lab::build_next(&profile).map(|()| true),
         Task::Bench { what, engine, kernel, report, plot, args } => {
             let measured = bench::run(what, engine, &kernel, report.as_deref(), &args);
-            let drawn = report.zip(plot).map_or(Ok(()), |(report, plot)| bench::draw(&report, &plot));
+            let drawn = report.zip(plot).map_or(Ok(()), |(report, plot)| bench::draw(what, &report, &plot));
             measured.and(drawn).map(|()| true)
         }
         Task::Check => check::run().map(|()| true),

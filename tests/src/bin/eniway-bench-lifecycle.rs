@@ -1,4 +1,4 @@
-//! Measures what a pod's coming costs: `cargo xtask bench lifecycle`.
+//! Measures what a pod's coming costs, what the agent takes, and whether packets notice its life: `cargo xtask bench lifecycle`.
 //!
 //! ```text
 //!   namespace of the node:  agent with the allocator inside, eth1      sandboxes: a new network namespace for each pod
@@ -9,17 +9,19 @@
 //! pods of their own in the same namespace of the node, one after the other in turn, then eight at a time in turn.
 //! A start of the agent begins with exec and ends when its service says that it would add pods and that a pod which was
 //! there before is forwarded for.
+//!
+//! What packets notice is measured in the lab: [`eniway_tests::lifecycle`].
 
 use std::{
     collections::BTreeMap,
-    fs,
+    env, fs,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use datapath_user::{
     attach::{self, Target},
     config::{FastPath, Limits, Xdp},
@@ -30,10 +32,12 @@ use datapath_user::{
     pin::{Hook, Pins},
 };
 use eniway_tests::{
-    lab::{Netns, NetnsGuard},
+    demo::table::{Align, Table},
+    lab::{Netns, NetnsGuard, XdpMode, agent::eniway_binary},
+    lifecycle::{self, Action, Options, Programs},
     runtime::{Node, Said, Sandbox},
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// Pods of each plugin, one after another and at a time.
 const AT_A_TIME: usize = 8;
@@ -42,42 +46,184 @@ const FULL: usize = 256;
 const STARTS: usize = 10;
 const ATTACHMENTS: usize = 40;
 
-/// Measures pods' life: adding, memory, start
+/// Measures pods' life: adding, memory, start, and packets while agents are killed and upgraded
 #[derive(Parser)]
 struct Args {
+    /// What is measured; everything if nothing is named
+    cases: Vec<Case>,
     /// Adds the figures to this JSON file
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Pods of each plugin and each way
+    /// cni: pods of each plugin and each way
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(8..=200))]
     pods: u16,
+    /// lost: rounds of each action
+    #[arg(long, default_value_t = 20)]
+    rounds: u32,
+    /// lost: requests a second on each path, each of which is answered
+    #[arg(long, default_value_t = 50_000)]
+    rate: u32,
+    /// lost: what is done
+    #[arg(long, value_delimiter = ',', default_values = ["kill", "upgrade", "abi"])]
+    actions: Vec<Action>,
+    /// lost: how the agents use XDP
+    #[arg(long, default_value = "off")]
+    xdp: XdpMode,
+    /// lost: decides when agents are killed while they start; a random one by default
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Measures nothing, and takes the figures from this JSON file
+    #[arg(long, value_name = "FILE", requires = "plot")]
+    read: Option<PathBuf>,
+    /// Writes the figures as a document into this directory
+    #[arg(long, value_name = "DIR", requires = "read")]
+    plot: Option<PathBuf>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Case {
+    /// Packets and connections, while agents are killed, restarted and upgraded
+    Lost,
+    /// Pods that come and go
+    Cni,
+    /// The agent's memory and its start
+    Agent,
+}
+
+type Figures = BTreeMap<String, Value>;
+
 fn main() -> Result<()> {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     let args = Args::parse();
-    let figures = measure(usize::from(args.pods))?;
-    println!("{}", serde_json::to_string_pretty(&figures)?);
+    if let (Some(report), Some(dir)) = (&args.read, &args.plot) {
+        let path = dir.join("lifecycle.md");
+        let text = lifecycle::document(&read(report)?);
+        return fs::write(&path, text).with_context(|| path.display().to_string());
+    }
+    let (figures, result) = measure(&args);
+    // What was measured before something went wrong is measured.
     if let Some(path) = &args.report {
-        let mut report: BTreeMap<String, Value> = match fs::read(path) {
-            Ok(text) => {
-                serde_json::from_slice(&text).with_context(|| format!("{} is no report", path.display()))?
-            }
-            Err(_) => BTreeMap::new(),
-        };
+        let mut report = if path.exists() { read(path)? } else { Figures::new() };
         report.extend(figures);
-        fs::write(path, serde_json::to_string_pretty(&report)?)?;
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        fs::write(path, text).with_context(|| path.display().to_string())?;
+    }
+    result
+}
+
+fn read(path: &Path) -> Result<Figures> {
+    let text = fs::read(path).with_context(|| path.display().to_string())?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is no report", path.display()))
+}
+
+fn measure(args: &Args) -> (Figures, Result<()>) {
+    let mut figures = place();
+    let wanted = |case| args.cases.is_empty() || args.cases.contains(&case);
+    let mut all = || {
+        if wanted(Case::Lost) {
+            lost(args, &mut figures)?;
+        }
+        if wanted(Case::Cni) {
+            cni(usize::from(args.pods), &mut figures)?;
+        }
+        if wanted(Case::Agent) {
+            agent(&mut figures)?;
+        }
+        Ok(())
+    };
+    let result = all();
+    (figures, result)
+}
+
+/// Where and when this is measured.
+fn place() -> Figures {
+    let file = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let of = |text: &str, key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)?.split_once(':'));
+        line.map_or_else(|| "unknown".to_owned(), |(_, value)| value.trim().to_owned())
+    };
+    let processors = thread::available_parallelism().map_or(0, usize::from);
+    let memory: u64 =
+        of(&file("/proc/meminfo"), "MemTotal").trim_end_matches(" kB").parse().unwrap_or_default();
+    let machine = format!(
+        "{processors} processors ({}), {} GiB",
+        of(&file("/proc/cpuinfo"), "model name"),
+        memory.div_ceil(1 << 20)
+    );
+    let date = std::process::Command::new("date").arg("-I").output();
+    let date = date.map(|date| String::from_utf8_lossy(&date.stdout).trim().to_owned()).unwrap_or_default();
+    [("date", date), ("machine", machine), ("kernel", file("/proc/sys/kernel/osrelease").trim().to_owned())]
+        .map(|(key, value)| (key.to_owned(), json!(value)))
+        .into()
+}
+
+fn note(figures: &mut Figures, key: &str, value: Value) {
+    println!("{key}: {value}");
+    figures.insert(key.to_owned(), value);
+}
+
+fn lost(args: &Args, figures: &mut Figures) -> Result<()> {
+    let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
+    println!("packets and connections while agents are killed, restarted and upgraded; --seed {seed}");
+    let agent = eniway_binary()?;
+    let dir = tempfile::tempdir()?;
+    let other = dir.path().join("eniway");
+    fs::copy(&agent, &other).with_context(|| format!("copying {}", agent.display()))?;
+    let next = next_agent(&agent);
+    let mut actions = args.actions.clone();
+    if actions.contains(&Action::Abi)
+        && let Err(error) = &next
+    {
+        println!("abi: not measured: {error:#}");
+        actions.retain(|action| *action != Action::Abi);
+    }
+    let options = Options {
+        id: "bench-life".to_owned(),
+        programs: Programs { agent, other, next: next.ok() },
+        actions,
+        xdp: args.xdp,
+        rate: f64::from(args.rate),
+        rounds: args.rounds,
+        seed,
+    };
+    let report = lifecycle::run(&options, |line| println!("  {line}"))?;
+    print!("{}", report.table());
+    figures.extend(report.figures());
+    for case in &report.cases {
+        ensure!(
+            case.rounds == args.rounds,
+            "{}: only {} of {} rounds count; the machine is too busy: {}",
+            case.action.name(),
+            case.rounds,
+            args.rounds,
+            case.void.join("; ")
+        );
     }
     Ok(())
 }
 
-fn measure(pods: usize) -> Result<BTreeMap<String, Value>> {
-    let mut figures = BTreeMap::new();
-    let mut note = |key: &str, value: Value| {
-        eprintln!("{key}: {value}");
-        figures.insert(key.to_owned(), value);
+/// The agent with another ABI: `$ENIWAY_NEXT_BIN`, or `next-abi/eniway` in the target directory.
+fn next_agent(agent: &Path) -> Result<PathBuf> {
+    let path = match env::var_os("ENIWAY_NEXT_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => {
+            let target = agent.ancestors().nth(2).context("the target directory")?;
+            target.join("next-abi/eniway")
+        }
     };
-    note("attach_ms", attachments()?);
+    ensure!(
+        path.is_file(),
+        "there is no {}; `cargo build -p datapath-user --bin eniway --features next-abi` makes one to be copied there",
+        path.display()
+    );
+    Ok(path)
+}
 
+/// Pods of both plugins that come and go.
+fn cni(pods: usize, figures: &mut Figures) -> Result<()> {
+    println!("attaching a pod's programs, {ATTACHMENTS} times in each way");
+    note(figures, "attach_ms", attachments()?);
+    println!("{pods} pods of each plugin, one after another and {AT_A_TIME} at a time");
     let mut node = Node::new("lifecycle", 300)?;
     node.start_agent()?;
     let plugins = [Plugin::Ours, Plugin::Reference];
@@ -114,43 +260,73 @@ fn measure(pods: usize) -> Result<BTreeMap<String, Value>> {
             stands.extend(new);
         }
     }
-    let [ours, reference] = &mut one;
-    let [ours_8, reference_8] = &mut eight;
-    note(
-        "cni_add_ms",
-        json!({
-            "p50": percentile(ours, 50), "p99": percentile(ours, 99),
-            "p50_8": percentile(ours_8, 50), "p99_8": percentile(ours_8, 99),
-            "ptp_p50": percentile(reference, 50), "ptp_p99": percentile(reference, 99),
-            "ptp_p50_8": percentile(reference_8, 50), "ptp_p99_8": percentile(reference_8, 99),
-        }),
-    );
-    let [ours, reference] = &mut gone;
-    note("cni_del_ms", json!({ "p50": percentile(ours, 50), "ptp_p50": percentile(reference, 50) }));
+    let mut table = Table::new(&[
+        ("PLUGIN", Align::Left),
+        ("ADD P50 MS", Align::Right),
+        ("P99", Align::Right),
+        ("EIGHT P50", Align::Right),
+        ("P99", Align::Right),
+        ("DEL P50", Align::Right),
+    ]);
+    let (mut add, mut del) = (Map::new(), Map::new());
+    let measured = one.iter_mut().zip(&mut eight).zip(&mut gone);
+    for ((name, prefix), ((one, eight), gone)) in
+        [("eniway-cni", ""), ("ptp, host-local", "ptp_")].iter().zip(measured)
+    {
+        let values = [
+            percentile(one, 50),
+            percentile(one, 99),
+            percentile(eight, 50),
+            percentile(eight, 99),
+            percentile(gone, 50),
+        ];
+        let [p50, p99, p50_8, p99_8, gone] = &values;
+        for (key, value) in [("p50", p50), ("p99", p99), ("p50_8", p50_8), ("p99_8", p99_8)] {
+            add.insert(format!("{prefix}{key}"), value.clone());
+        }
+        del.insert(format!("{prefix}p50"), gone.clone());
+        let [a, b, c, d, e] = values.map(|value| value.to_string());
+        table.row([(*name).to_owned(), a, b, c, d, e]);
+    }
+    print!("{}", table.render(""));
+    figures.insert("cni_add_ms".to_owned(), Value::Object(add));
+    figures.insert("cni_del_ms".to_owned(), Value::Object(del));
+    end(&node, &stands)
+}
 
-    stands.retain(|stand| stand.plugin == Plugin::Ours || stand.del(&node).is_err());
-    for number in stands.len()..FULL {
+/// The agent of a full node.
+fn agent(figures: &mut Figures) -> Result<()> {
+    println!("the agent with {FULL} pods, and {STARTS} starts");
+    let mut node = Node::new("lifecycle", 300)?;
+    node.start_agent()?;
+    let mut stands = Vec::new();
+    for number in 0..FULL {
         let stand = Stand::new(Plugin::Ours, number)?;
         stand.add(&node)?;
         stands.push(stand);
     }
     let pid = node.agent_pid().context("the agent has ended")?;
-    note("agent_rss_kib", json!(rss_kib(pid)?));
+    note(figures, "agent_rss_kib", json!(rss_kib(pid)?));
     let mut times = Vec::new();
     for _ in 0..STARTS {
         node.kill_agent();
         times.push(node.time_start(&stands[0].sandbox)?.as_secs_f64() * 1e3);
     }
-    note("start_ms", json!(percentile(&mut times, 50)));
-    note("start_max_ms", json!(percentile(&mut times, 100)));
+    note(figures, "start_ms", percentile(&mut times, 50));
+    note(figures, "start_max_ms", percentile(&mut times, 100));
     let pid = node.agent_pid().context("the agent has ended")?;
-    note("agent_restarted_rss_kib", json!(rss_kib(pid)?));
-    for stand in &stands {
-        stand.del(&node)?;
+    note(figures, "agent_restarted_rss_kib", json!(rss_kib(pid)?));
+    end(&node, &stands)
+}
+
+/// Removes the pods, and expects that nothing of them is left.
+fn end(node: &Node, stands: &[Stand]) -> Result<()> {
+    for stand in stands {
+        stand.del(node)?;
     }
     let left = node.traces()?;
     ensure!(left.is_empty(), "left behind: {left:?}");
-    Ok(figures)
+    Ok(())
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

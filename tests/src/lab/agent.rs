@@ -38,6 +38,8 @@ pub struct Agent {
     /// Whether its source is a document.
     reads_document: bool,
     child: Mutex<Option<Child>>,
+    /// What was started last.
+    binary: Mutex<Option<PathBuf>>,
     leave: bool,
 }
 
@@ -73,6 +75,7 @@ impl Agent {
             dir,
             reads_document: settings.allocator.is_none(),
             child: Mutex::new(None),
+            binary: Mutex::new(None),
             leave: false,
         };
         let prefixes: Vec<String> =
@@ -154,7 +157,7 @@ impl Agent {
         self.start_as(&eniway_binary()?, &[])
     }
 
-    /// As [`start`](Self::start), with another binary and environment.
+    /// As [`start`](Self::start), with another binary, which [`cli`](Self::cli) runs from then on too, and environment.
     ///
     /// # Errors
     ///
@@ -181,6 +184,7 @@ impl Agent {
             .map_err(Error::io(format!("starting {}", binary.display())))?;
         remains::note_process(&self.places, child.id(), &format!("agent of {}", self.node))?;
         *lock(&self.child) = Some(child);
+        *lock(&self.binary) = Some(binary.to_owned());
         Ok(())
     }
 
@@ -297,7 +301,8 @@ impl Agent {
     ///
     /// When it ends with an error.
     pub fn cli(&self, words: &[&str]) -> Result<String> {
-        self.cli_of(&eniway_binary()?, words)
+        let started = lock(&self.binary).clone();
+        self.cli_of(&started.map_or_else(eniway_binary, Ok)?, words)
     }
 
     /// As [`cli`](Self::cli), with another binary.

@@ -177,7 +177,7 @@ impl Source {
 }
 
 /// How the agents use XDP on the parent ENIs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum XdpMode {
     /// Not at all.
     #[default]
