@@ -2,7 +2,10 @@
 //! upgraded.
 
 use eniway_tests::{
-    lab::{XdpMode, agent::eniway_binary},
+    lab::{
+        XdpMode,
+        agent::{eniway_binary, next_agent},
+    },
     lifecycle::{self, Action, Options, Programs},
 };
 
@@ -12,15 +15,16 @@ fn seed() -> u64 {
     seed.unwrap_or_else(|| fastrand::u64(..))
 }
 
-fn no_packet_notices(id: &str, xdp: XdpMode) -> anyhow::Result<()> {
+fn no_packet_notices(id: &str, actions: &[Action], xdp: XdpMode) -> anyhow::Result<()> {
     let agent = eniway_binary()?;
     let dir = tempfile::tempdir()?;
     let other = dir.path().join("eniway");
     std::fs::copy(&agent, &other)?;
+    let next = if actions.contains(&Action::Abi) { Some(next_agent()?) } else { None };
     let options = Options {
         id: id.to_owned(),
-        programs: Programs { agent, other, next: None },
-        actions: vec![Action::Kill, Action::Upgrade],
+        programs: Programs { agent, other, next },
+        actions: actions.to_vec(),
         xdp,
         rate: 5_000.0,
         rounds: 2,
@@ -43,10 +47,10 @@ fn no_packet_notices(id: &str, xdp: XdpMode) -> anyhow::Result<()> {
 
 #[test]
 fn no_packet_notices_a_kill_or_an_upgrade() -> anyhow::Result<()> {
-    no_packet_notices("a-lifecycle", XdpMode::Off)
+    no_packet_notices("a-lifecycle", &[Action::Kill, Action::Upgrade, Action::Abi], XdpMode::Off)
 }
 
 #[test]
 fn no_packet_notices_them_with_xdp() -> anyhow::Result<()> {
-    no_packet_notices("a-lifecycle-xdp", XdpMode::Redirect)
+    no_packet_notices("a-lifecycle-xdp", &[Action::Kill, Action::Upgrade], XdpMode::Redirect)
 }

@@ -180,6 +180,7 @@ fn policy(report: Option<&Path>) -> Result<()> {
 fn lifecycle(report: Option<&Path>, args: &[String]) -> Result<()> {
     lab::need_root("the benchmark")?;
     setup::run(Scope::Tests)?;
+    lab::build_next("release")?;
     let bin = release(&["eniway", PLUGIN, LIFECYCLE])?;
     let mut bench = Command::new(bin.join(LIFECYCLE));
     bench.args(args).env("ENIWAY_BIN", bin.join("eniway"));

@@ -14,7 +14,7 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -33,7 +33,10 @@ use datapath_user::{
 };
 use eniway_tests::{
     demo::table::{Align, Table},
-    lab::{Netns, NetnsGuard, XdpMode, agent::eniway_binary},
+    lab::{
+        Netns, NetnsGuard, XdpMode,
+        agent::{eniway_binary, next_agent},
+    },
     lifecycle::{self, Action, Options, Programs},
     runtime::{Node, Said, Sandbox},
 };
@@ -169,12 +172,12 @@ fn lost(args: &Args, figures: &mut Figures) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let other = dir.path().join("eniway");
     fs::copy(&agent, &other).with_context(|| format!("copying {}", agent.display()))?;
-    let next = next_agent(&agent);
+    let next = next_agent();
     let mut actions = args.actions.clone();
     if actions.contains(&Action::Abi)
         && let Err(error) = &next
     {
-        println!("abi: not measured: {error:#}");
+        println!("abi: not measured: {error}");
         actions.retain(|action| *action != Action::Abi);
     }
     let options = Options {
@@ -200,23 +203,6 @@ fn lost(args: &Args, figures: &mut Figures) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// The agent with another ABI: `$ENIWAY_NEXT_BIN`, or `next-abi/eniway` in the target directory.
-fn next_agent(agent: &Path) -> Result<PathBuf> {
-    let path = match env::var_os("ENIWAY_NEXT_BIN") {
-        Some(path) => PathBuf::from(path),
-        None => {
-            let target = agent.ancestors().nth(2).context("the target directory")?;
-            target.join("next-abi/eniway")
-        }
-    };
-    ensure!(
-        path.is_file(),
-        "there is no {}; `cargo build -p datapath-user --bin eniway --features next-abi` makes one to be copied there",
-        path.display()
-    );
-    Ok(path)
 }
 
 /// Pods of both plugins that come and go.
