@@ -17,7 +17,8 @@ use aya::{
     sys::SyscallError,
 };
 use datapath_common::abi::{
-    self, Admitted, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+    self, Admitted, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Limits as Bandwidth, PairKey,
+    Spent,
     maps::{self, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS, MAX_VIPS, SLOTS_PER_ENDPOINT, VLANS, VipKey},
     policy::{ClassGroups, MAX_GROUPS, PAGES, Page, ProgramRow, VerdictRow},
 };
@@ -160,6 +161,8 @@ pub fn layouts(limits: &Limits) -> [(&'static str, MapLayout); maps::ALL.len()] 
         (maps::RULES, layout::<u32, Page>(MapType::Array, 2 * PAGES)),
         (maps::PAIRS, layout::<PairKey, Admitted>(MapType::LruHash, limits.flows)),
         (maps::PAIR_MARK, layout::<u32, u32>(MapType::Array, pods + 1)),
+        (maps::LIMITS, layout::<u32, Bandwidth>(MapType::Array, pods + 1)),
+        (maps::SPENT, layout::<u32, Spent>(MapType::Array, pods + 1)),
     ]
 }
 
@@ -418,10 +421,10 @@ mod tests {
     #[test]
     fn paths_hold_the_version_and_no_dot_of_an_interface() {
         let pins = Pins::new(Path::new("/sys/fs/bpf/x"));
-        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v3/maps/ENDPOINT"));
-        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v3/links/parent-eth1:5-in"));
-        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v3/links/parent-eth1-xdpg"));
-        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v3/links/pod-7-out"));
+        assert_eq!(pins.map("ENDPOINT"), Path::new("/sys/fs/bpf/x/v4/maps/ENDPOINT"));
+        assert_eq!(pins.parent_tc("eth1.5", Hook::In), Path::new("/sys/fs/bpf/x/v4/links/parent-eth1:5-in"));
+        assert_eq!(pins.parent_xdp("eth1", true), Path::new("/sys/fs/bpf/x/v4/links/parent-eth1-xdpg"));
+        assert_eq!(pins.pod_tc(7, Hook::Out), Path::new("/sys/fs/bpf/x/v4/links/pod-7-out"));
     }
 
     #[test]

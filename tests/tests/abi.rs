@@ -10,8 +10,8 @@ use std::{
 };
 
 use datapath_common::abi::{
-    self, Admitted, Counter, CounterRow, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey,
-    Origin, Outcome, PairKey,
+    self, Admitted, Bucket, Counter, CounterRow, Direction, Door, Endpoint, Flow, FlowKey, Fragment,
+    FragmentKey, Limits, Origin, Outcome, PairKey, Spent,
     endpoint::flag,
     maps::{self, VipKey, host_dst},
     outcome::OUTCOMES,
@@ -79,6 +79,9 @@ fn snapshot() -> String {
     layout!(out, VipKey { addr, port, proto, pad });
     layout!(out, Counter { packets, bytes });
     layout!(out, CounterRow { counters });
+    layout!(out, Bucket { cost, depth, reserve });
+    layout!(out, Limits { ingress, egress, pace });
+    layout!(out, Spent { until });
     for map in maps::ALL {
         line(out, format_args!("map {map}"));
     }
@@ -89,15 +92,22 @@ fn snapshot() -> String {
     line(
         out,
         format_args!(
-            "HOST_DST flags: host {}, deny {}, service {}",
+            "HOST_DST flags: host {}, deny {}, service {}, preferred {}",
             host_dst::HOST,
             host_dst::DENY,
-            host_dst::SERVICE
+            host_dst::SERVICE,
+            host_dst::PREFERRED
         ),
     );
     line(
         out,
-        format_args!("endpoint flags: off {}, groups {}, observe {}", flag::OFF, flag::GROUPS, flag::OBSERVE),
+        format_args!(
+            "endpoint flags: off {}, groups {}, observe {}, limited {}",
+            flag::OFF,
+            flag::GROUPS,
+            flag::OBSERVE,
+            flag::LIMITED
+        ),
     );
     for verdict in Verdict::ALL {
         line(out, format_args!("verdict {}: {}", verdict as u8, verdict.name()));

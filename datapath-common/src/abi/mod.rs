@@ -6,14 +6,16 @@
 
 pub mod endpoint;
 pub mod flow;
+pub mod limit;
 pub mod maps;
 pub mod outcome;
 pub mod policy;
 
 pub use endpoint::Endpoint;
 pub use flow::{Door, Flow, FlowKey, Fragment, FragmentKey, Origin};
+pub use limit::{Bucket, Limits, Spent};
 pub use outcome::{Counter, CounterRow, Direction, Outcome};
 pub use policy::{Admitted, PairKey};
 
 /// The version of all layouts in this module. It is part of the pin path.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
