@@ -887,7 +887,8 @@ fn used_up_node() -> MemoryTables {
     let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("there is a clock");
     let now = clock.tv_sec() as u64 * 1_000_000_000;
     for id in [A.id, C.id] {
-        node.spend(id, now + limit(1_000_000).egress.depth + 10_000_000_000);
+        // Minutes beyond the burst, and minutes before the end of the reserve: all of it is asked within that time.
+        node.spend(id, now + limit(1_000_000).egress.depth + Bucket::new(1000, Bucket::RESERVE / 2).depth);
     }
     node
 }
@@ -985,6 +986,12 @@ fn limited(within: bool) -> Vec<Fixture> {
         .dropped()
         .counts(A.id, Egress, SourceAddress),
     ]
+}
+
+/// tc charges it.
+fn limited_at_xdp() -> Fixture {
+    let packet = Packet::udp((REMOTE, 1), (A.ipv4, 4000)).macs(GATEWAY_MAC, A.wire_mac).vlan(A.vid);
+    fixture("UDP to a pod with a limit", Hook::EniXdp, &packet).gives(xdp::PASS)
 }
 
 // ---- Running them.
@@ -1127,6 +1134,7 @@ fn all() -> Vec<(FastPath, Xdp, MemoryTables, Vec<Fixture>)> {
         (FastPath::All, Xdp::Guard, observed, pod_egress_observed()),
         (FastPath::All, Xdp::Guard, limited_node(), limited(true)),
         (FastPath::All, Xdp::Guard, used_up_node(), limited(false)),
+        (FastPath::All, Xdp::Redirect, used_up_node(), vec![limited_at_xdp()]),
     ]
 }
 
