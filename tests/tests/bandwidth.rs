@@ -275,12 +275,11 @@ fn limits_of_running_pods_change_without_loss_and_go_with_them() -> Result {
     lab.start_agents()?;
     let agent = lab.agent("node-1")?;
     let (a, c) = (lab.pod("a")?, lab.pod("c")?);
-    let to_c = Sink::start(&c.netns)?;
     let at_c = SocketAddrV4::new(c.ip, PORT);
-    // Half of the lowest limit, while limits come, change and go.
+    // An eighth of the lowest limit, so that a sender that was held up may catch up at once, while limits come, change and go.
     let sent = thread::scope(|scope| -> Result<u64> {
         let sender =
-            scope.spawn(|| flood(&a.netns, at_c, RATE / 2, Duration::from_secs(6)).expect("it sends"));
+            scope.spawn(|| flood(&a.netns, at_c, RATE / 8, Duration::from_secs(6)).expect("it sends"));
         for change in [
             limited(),
             json!({ "egress_rate": 3 * RATE }),
@@ -294,7 +293,9 @@ fn limits_of_running_pods_change_without_loss_and_go_with_them() -> Result {
         limit(agent, &Value::Null)?;
         Ok(sender.join().expect("it does not panic").0)
     })?;
-    assert_eq!(to_c.take(), sent);
+    // Nobody has to be as fast as to read them all.
+    assert_eq!(agent.counter("default/a", "egress", "wire")?, sent);
+    assert!(lab.agent("node-2")?.counter("default/c", "ingress", "wire")? >= sent);
 
     limit(agent, &limited())?;
     let shown: Value = serde_json::from_str(&agent.cli(&["pods", "--json"])?)?;
