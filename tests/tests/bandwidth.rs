@@ -352,11 +352,15 @@ fn a_fair_queue_spreads_what_the_wire_gets() -> Result {
     // More at once than the burst, and all of it comes, at the pace of the limit.
     thread::sleep(Duration::from_millis(700));
     let before = agent.counter("default/a", "egress", "egress-queue")?;
+    let arrived = || lab.agent("node-2").and_then(|agent| agent.counter("default/c", "ingress", "wire"));
+    let arrived_before = arrived()?;
     let start = Instant::now();
     let (sent, _) = flood(&a.netns, at_c, 40 * RATE, Duration::from_millis(12))?;
     let few = sent * (PAYLOAD as u64 + HEADERS);
     assert!((BURST / 8..BURST / 8 + (256 << 10)).contains(&few), "{few} bytes");
-    assert_eq!(to_c.take(), sent);
+    // Counted before the socket, which may have no room for so many at once.
+    to_c.take();
+    assert!(arrived()? - arrived_before >= sent);
     assert!(start.elapsed().as_secs_f64() >= (few - BURST / 8) as f64 * 8.0 / RATE as f64);
     assert_eq!(agent.counter("default/a", "egress", "egress-queue")?, before);
 
