@@ -203,6 +203,23 @@ struct Route {
 struct RuntimeConfig {
     #[serde(default, rename = "io.kubernetes.cri.pod-annotations", deserialize_with = "or_null")]
     annotations: BTreeMap<String, String>,
+    #[serde(default, deserialize_with = "or_null")]
+    bandwidth: Bandwidth,
+}
+
+/// Capability `bandwidth`, as of the CNI's conventions: bits per second, and bits. Runtimes make it of the pod annotations
+/// `kubernetes.io/ingress-bandwidth` and `kubernetes.io/egress-bandwidth`. containerd writes the names with a capital (go-cni
+/// gives none of its own), which the Go plugins read as well.
+#[derive(Debug, Default, Deserialize)]
+struct Bandwidth {
+    #[serde(default, rename = "ingressRate", alias = "IngressRate", deserialize_with = "or_null")]
+    ingress_rate: u64,
+    #[serde(default, rename = "ingressBurst", alias = "IngressBurst", deserialize_with = "or_null")]
+    ingress_burst: u64,
+    #[serde(default, rename = "egressRate", alias = "EgressRate", deserialize_with = "or_null")]
+    egress_rate: u64,
+    #[serde(default, rename = "egressBurst", alias = "EgressBurst", deserialize_with = "or_null")]
+    egress_burst: u64,
 }
 
 /// An attachment that a runtime knows.
@@ -215,6 +232,9 @@ pub(crate) struct Valid {
 
 /// The pod annotation that chooses the mode.
 const MODE_ANNOTATION: &str = "eniway/mode";
+/// Pod annotations for bursts, in bits, which the runtime's own annotations know nothing of.
+const INGRESS_BURST_ANNOTATION: &str = "eniway/ingress-burst";
+const EGRESS_BURST_ANNOTATION: &str = "eniway/egress-burst";
 
 impl NetConf {
     pub(crate) fn parse(text: &[u8], command: Command) -> Result<Self, Error> {
@@ -263,6 +283,27 @@ impl NetConf {
         }
     }
 
+    /// What the runtime asks for. Without the capability there is nothing, and limits are left to other plugins of the chain.
+    pub(crate) fn bandwidth(&self) -> Result<Option<api::Bandwidth>, Error> {
+        let asked = &self.runtime.bandwidth;
+        let burst = |annotation: &str, rate: u64, asked: u64| match self.runtime.annotations.get(annotation) {
+            // Without a rate there is no limit that it could be the burst of.
+            Some(text) if rate != 0 => quantity(text).ok_or_else(|| {
+                let message =
+                    format!("annotation {annotation}: `{text}` is not a number of bits, such as 4M or 4Mi");
+                Error::new(Code::Config, message)
+            }),
+            _ => Ok(asked),
+        };
+        let bandwidth = api::Bandwidth {
+            ingress_rate: asked.ingress_rate,
+            ingress_burst: burst(INGRESS_BURST_ANNOTATION, asked.ingress_rate, asked.ingress_burst)?,
+            egress_rate: asked.egress_rate,
+            egress_burst: burst(EGRESS_BURST_ANNOTATION, asked.egress_rate, asked.egress_burst)?,
+        };
+        Ok((bandwidth != api::Bandwidth::default()).then_some(bandwidth))
+    }
+
     pub(crate) fn routes(&self) -> Vec<api::Route> {
         let route = |route: &Route| api::Route { destination: route.dst.clone(), gateway: route.gw.clone() };
         self.routes.iter().map(route).collect()
@@ -288,6 +329,23 @@ impl NetConf {
             Error::new(Code::Config, "`cni.dev/valid-attachments` is missing: GC removes what is not in it")
         })
     }
+}
+
+/// A whole number with one of Kubernetes' suffixes.
+fn quantity(text: &str) -> Option<u64> {
+    const UNITS: [(&str, u64); 8] = [
+        ("Ki", 1 << 10),
+        ("Mi", 1 << 20),
+        ("Gi", 1 << 30),
+        ("Ti", 1 << 40),
+        ("k", 1_000),
+        ("M", 1_000_000),
+        ("G", 1_000_000_000),
+        ("T", 1_000_000_000_000),
+    ];
+    let unit = UNITS.iter().find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, *unit)));
+    let (digits, unit) = unit.unwrap_or((text, 1));
+    digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse::<u64>().ok()?.checked_mul(unit))?
 }
 
 #[cfg(test)]
@@ -329,6 +387,47 @@ mod tests {
         assert_eq!(conf("sub-eni", "exclusive-eni").unwrap(), Mode::ExclusiveEni);
         assert_eq!(conf("sub-eni", "").unwrap(), Mode::Unspecified);
         assert_eq!(conf("", "eni").unwrap_err().code, Code::Config);
+    }
+
+    #[test]
+    fn limits_are_the_runtimes_with_bursts_of_annotations() {
+        let conf = |bandwidth: &str, annotations: &str| {
+            let text = format!(
+                r#"{{"cniVersion": "1.1.0", "name": "n", "runtimeConfig": {{"bandwidth": {bandwidth},
+                "io.kubernetes.cri.pod-annotations": {annotations}}}}}"#
+            );
+            parse(&text, Command::Add).and_then(|conf| conf.bandwidth())
+        };
+        let egress = r#"{"egressRate": 10000000, "egressBurst": 4294967295, "ingressRate": 0}"#;
+        let asked = conf(egress, "null").unwrap().unwrap();
+        assert_eq!(
+            (asked.egress_rate, asked.egress_burst, asked.ingress_rate),
+            (10_000_000, 4_294_967_295, 0)
+        );
+        let bursts = r#"{"eniway/egress-burst": "4Mi", "eniway/ingress-burst": "?"}"#;
+        assert_eq!(conf(egress, bursts).unwrap().unwrap().egress_burst, 4 << 20);
+        let wrong = r#"{"eniway/egress-burst": "4 MB"}"#;
+        assert_eq!(conf(egress, wrong).unwrap_err().code, Code::Config);
+        // As containerd 1.6 writes it.
+        let capital =
+            r#"{"IngressRate": 5000, "IngressBurst": 4294967295, "EgressRate": 0, "EgressBurst": 0}"#;
+        assert_eq!(conf(capital, "null").unwrap().unwrap().ingress_rate, 5000);
+        // Annotations alone, without the capability, are for other plugins.
+        for nothing in ["null", "{}", r#"{"egressRate": 0}"#] {
+            assert_eq!(conf(nothing, r#"{"kubernetes.io/egress-bandwidth": "10M"}"#).unwrap(), None);
+        }
+        assert_eq!(conf(r#"{"egressRate": -1}"#, "null").unwrap_err().code, Code::Decode);
+    }
+
+    #[test]
+    fn quantities_are_as_in_kubernetes() {
+        let known = [("0", 0), ("12", 12), ("1k", 1000), ("4Mi", 4 << 20), ("2G", 2_000_000_000)];
+        for (text, value) in known {
+            assert_eq!(quantity(text), Some(value), "{text}");
+        }
+        for text in ["", "M", "-1", "+1", "1.5M", "1m", "99999999999T", "1 M"] {
+            assert_eq!(quantity(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -125,5 +125,6 @@ fn add_request(environment: &Environment, conf: &NetConf) -> Result<AddRequest, 
         mtu: conf.mtu,
         routes: conf.routes(),
         sysctls: conf.sysctls(),
+        bandwidth: conf.bandwidth()?,
     })
 }

@@ -1,11 +1,12 @@
 //! The tables that decisions are made over.
 
-use crate::abi::{
-    Admitted, Door, Endpoint, Flow, FlowKey, FragmentKey, PairKey,
-    policy::{ClassGroups, Page, ProgramRow, VerdictRow},
+use crate::{
+    abi::{
+        Admitted, Direction, Door, Endpoint, Flow, FlowKey, FragmentKey, Limits, PairKey,
+        policy::{ClassGroups, Page, ProgramRow, VerdictRow},
+    },
+    decide::{limit, policy},
 };
-
-use crate::decide::policy;
 
 /// The tables that security groups are compiled to ([`policy`](crate::abi::policy)).
 pub trait Rules {
@@ -27,9 +28,38 @@ pub trait Rules {
     }
 }
 
+/// A number that several CPUs change at the same time.
+pub trait Shared {
+    /// What it is.
+    fn read(&self) -> u64;
+    /// Sets it to `new` if it still is `old`.
+    fn replace(&self, old: u64, new: u64);
+    /// Adds to it, and returns what it was.
+    fn add(&self, more: u64) -> u64;
+}
+
+#[cfg(target_has_atomic = "64")]
+impl Shared for core::sync::atomic::AtomicU64 {
+    fn read(&self) -> u64 {
+        self.load(core::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn replace(&self, old: u64, new: u64) {
+        use core::sync::atomic::Ordering::Relaxed;
+        // Whoever was first has set it.
+        let _ = self.compare_exchange(old, new, Relaxed, Relaxed);
+    }
+
+    fn add(&self, more: u64) -> u64 {
+        self.fetch_add(more, core::sync::atomic::Ordering::Relaxed)
+    }
+}
+
 /// The tables as a decision sees them. The kernel programs answer from the BPF maps; the host answers from
 /// in-memory tables (tests) or from the pinned maps (`eniway trace`).
 pub trait Tables: Rules {
+    /// How far a limit is used up, shared by all CPUs.
+    type Spent: Shared;
     /// Slot of the pod that has this VLAN id on the parent the program is attached to; 0 = none. `vid` is below 4096.
     fn subeni(&self, vid: u16) -> u32;
     /// The pod behind a host-side interface.
@@ -62,6 +92,17 @@ pub trait Tables: Rules {
     fn admit(&self, key: &PairKey, flow: &Admitted);
     /// Forgets an admitted flow.
     fn retire(&self, key: &PairKey);
+    /// The limits of the pod with this id.
+    fn limits(&self, id: u32) -> Option<&Limits>;
+    /// How far a pod's limit is used up ([`Spent`](crate::abi::Spent)).
+    fn spent(&self, id: u32, direction: Direction) -> Option<&Self::Spent>;
+    /// Nanoseconds of the monotonic clock. Asked for limited pods only.
+    fn nanos(&self) -> u64;
+    /// Charges a packet to a pod's limit ([`limit::charge`]): a method for the same reason as [`Rules::side_says`].
+    #[inline(always)]
+    fn charge(&self, id: u32, bytes: u32, how: u32) -> u64 {
+        limit::charge(self, id, bytes, how)
+    }
     /// Whether pod-to-pod traffic on the node may take the fast path at all.
     fn fast_path(&self) -> bool;
 }

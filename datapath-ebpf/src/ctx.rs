@@ -3,8 +3,8 @@
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md},
     helpers::generated::{
-        bpf_redirect, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_pull_data, bpf_skb_vlan_pop,
-        bpf_skb_vlan_push, bpf_xdp_adjust_head, bpf_xdp_get_buff_len,
+        bpf_redirect, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_pull_data, bpf_skb_set_tstamp,
+        bpf_skb_vlan_pop, bpf_skb_vlan_push, bpf_xdp_adjust_head, bpf_xdp_get_buff_len,
     },
     programs::{TcContext, XdpContext},
 };
@@ -192,6 +192,15 @@ impl Skb {
     pub fn mark(&self, bits: u32) {
         // SAFETY: the pointer is the hook's argument; tc programs may write the field.
         unsafe { (*self.0).mark |= bits }
+    }
+
+    /// Has a fair queue on the way keep the packet until `nanos` of the monotonic clock.
+    #[inline(always)]
+    pub fn leave_at(&self, nanos: u64) {
+        const DELIVERY_MONO: u32 = 1;
+        // SAFETY: the pointer is the hook's argument. Kernel 5.18 and later. It refuses packets other than IP, which have no
+        // limit; a packet that it refused would leave early, and is charged all the same.
+        let _ = unsafe { bpf_skb_set_tstamp(self.0, nanos, DELIVERY_MONO) };
     }
 
     /// Lets the node's stack take a frame whose destination MAC is not the interface's.

@@ -6,7 +6,7 @@ use datapath_common::{
     decide::{
         Decision,
         eni_ingress::{decide_any, decide_plain},
-        same_mac,
+        limit, same_mac,
     },
 };
 
@@ -27,7 +27,7 @@ pub fn eni_ingress(ctx: TcContext) -> i32 {
         };
     }
     skb.pull();
-    finish(&skb, decide_any(&Kernel, &skb, skb.tag()))
+    finish(&skb, limit::ingress(&Kernel, &skb, decide_any(&Kernel, &skb, skb.tag())))
 }
 
 #[inline(always)]

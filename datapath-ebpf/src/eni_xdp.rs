@@ -7,7 +7,7 @@ use datapath_common::{
     decide::{
         Decision,
         eni_ingress::{admit, admit_plain, route},
-        same_mac,
+        limit, same_mac,
     },
     packet::ipv4::{Ipv4, Part, TCP},
 };
@@ -32,7 +32,8 @@ pub fn eni_xdp(ctx: XdpContext) -> u32 {
     }
     let mut won = false;
     let decision = admit(&Kernel, &frame, None, |pod, ip| {
-        won = wins_at(ip);
+        // tc charges a limited pod, of which nothing is plain.
+        won = wins_at(ip) && !limit::is_limited(Some(pod));
         if won { Some(route(&Kernel, pod, ip)) } else { None }
     });
     finish(&frame, decision, won)

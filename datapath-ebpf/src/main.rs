@@ -1,7 +1,11 @@
 //! The kernel programs of eniway, one file a hook. A hook gets the packet, asks `datapath_common::decide`, counts, and
 //! acts; it decides nothing itself.
 
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics))]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(internal_features, reason = "core has no atomic types for this target, see shared.rs")
+)]
 #![cfg_attr(
     target_arch = "bpf",
     expect(clippy::needless_pass_by_value, reason = "aya's macros hand a hook its context by value")
@@ -29,6 +33,8 @@ mod nic_ingress;
 mod pod_egress;
 #[cfg(target_arch = "bpf")]
 mod pod_ingress;
+#[cfg(target_arch = "bpf")]
+mod shared;
 
 /// `bpf_redirect_peer` and others are for GPL-compatible programs only.
 #[cfg(target_arch = "bpf")]

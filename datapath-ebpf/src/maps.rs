@@ -7,24 +7,25 @@
 )]
 
 use aya_ebpf::{
-    helpers::generated::bpf_ktime_get_coarse_ns,
+    helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use datapath_common::{
     abi::{
-        Admitted, CounterRow, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+        Admitted, CounterRow, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Limits,
+        PairKey, Spent,
         maps::{
             DEFAULT_ENDPOINTS, DEFAULT_FLOWS, DIRECT, HOST_DST_WORDS, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS,
             MAX_VIPS, SLOTS_PER_ENDPOINT, VLANS, VipKey, direct_ifindex, direct_ipv4, host_dst_bit,
         },
         policy::{ClassGroups, MAX_GROUPS, PAGES, Page, ProgramRow, VerdictRow},
     },
-    decide::policy::side_says,
+    decide::{limit, policy::side_says},
     tables::{Rules, Tables},
 };
 
-use crate::config;
+use crate::{config, shared};
 
 /// Written by the agent, before any index points at the slot; read by every hook; lives as long as an index points at it.
 #[map]
@@ -88,6 +89,12 @@ static PAIRS: LruHashMap<PairKey, Admitted> = LruHashMap::with_max_entries(DEFAU
 /// Whether a pod has, or had, an entry in `PAIRS`. Set here, cleared by the agent with its pod; read by the agent.
 #[map]
 static PAIR_MARK: Array<u32> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
+/// Written by the agent; read by every hook but `eni_egress`, for pods with a limit; lives as long as the pod.
+#[map]
+static LIMITS: Array<Limits> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
+/// Written here, for pods with a limit; zeroed by the agent with its pod, and when the limit changes.
+#[map]
+static SPENT: Array<Spent> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
 /// Written here, zeroed by the agent with its pod.
 #[map]
 pub static COUNTERS: PerCpuArray<CounterRow> = PerCpuArray::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
@@ -136,7 +143,16 @@ extern "C" fn policy_side(base: u32, own: u32, peer: u32, key: u32) -> u32 {
     side_says(&Kernel, base, own, peer, key)
 }
 
+/// As [`policy_side`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn limit_charge(id: u32, bytes: u32, how: u32) -> u64 {
+    limit::charge(&Kernel, id, bytes, how)
+}
+
 impl Tables for Kernel {
+    type Spent = shared::Word;
+
     #[inline(always)]
     fn subeni(&self, vid: u16) -> u32 {
         SUBENI.get(config::PARENT_INDEX.load() * VLANS + u32::from(vid)).copied().unwrap_or(0)
@@ -251,6 +267,30 @@ impl Tables for Kernel {
     #[inline(always)]
     fn retire(&self, key: &PairKey) {
         let _ = PAIRS.remove(key);
+    }
+
+    #[inline(always)]
+    fn limits(&self, id: u32) -> Option<&Limits> {
+        LIMITS.get(id)
+    }
+
+    #[inline(always)]
+    fn spent(&self, id: u32, direction: Direction) -> Option<&shared::Word> {
+        let spent = SPENT.get_ptr_mut(id)?;
+        // SAFETY: the pointer is valid for the program's run (an array map's entries are never freed), and the index is within
+        // the two words.
+        Some(unsafe { shared::Word::at((&raw mut (*spent).until).cast::<u64>().add(direction as usize)) })
+    }
+
+    #[inline(always)]
+    fn nanos(&self) -> u64 {
+        // SAFETY: the helper takes no argument. Its clock is the one that a fair queue goes by.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn charge(&self, id: u32, bytes: u32, how: u32) -> u64 {
+        limit_charge(id, bytes, how)
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Outcome},
-    decide::nic,
+    decide::{limit, nic},
 };
 
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
 pub fn nic_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     let decision = nic::egress(&Kernel, &skb, skb.tag(), skb.ifindex());
+    let limit::Departure { decision, .. } = limit::egress(&Kernel, &skb, decision);
     count_decision(&decision, Direction::Egress, skb.load_of());
     match decision.outcome {
         Outcome::Wire | Outcome::WireArp => ctx::NEXT,

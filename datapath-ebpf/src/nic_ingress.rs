@@ -3,7 +3,7 @@
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Outcome},
-    decide::nic,
+    decide::{limit, nic},
 };
 
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
 #[classifier]
 pub fn nic_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
-    let decision = nic::ingress(&Kernel, skb.ifindex());
+    let decision = limit::ingress(&Kernel, &skb, nic::ingress(&Kernel, skb.ifindex()));
     count_decision(&decision, Direction::Ingress, skb.load_of());
     match decision.outcome {
         Outcome::Wire => ctx::NEXT,

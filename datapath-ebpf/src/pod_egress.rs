@@ -4,7 +4,7 @@ use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Endpoint, Outcome, maps::SERVICE_MARK},
     decide::{
-        Decision,
+        Decision, limit,
         pod_egress::{decide_any, decide_plain},
     },
     packet::{Frame as _, arp},
@@ -22,13 +22,34 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
     if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()) {
         // Apart from the others, the common ways know all the rest by heart.
         return match decision.outcome {
-            Outcome::Local => finish(&skb, Decision { outcome: Outcome::Local, ..decision }),
+            Outcome::Local => match (decision.pod, decision.to) {
+                (Some(pod), Some(to)) if limit::is_limited(Some(to)) => {
+                    local_limited(&skb, pod, to, decision.remark)
+                }
+                _ => finish(&skb, Decision { outcome: Outcome::Local, ..decision }),
+            },
             Outcome::Wire => finish(&skb, Decision { outcome: Outcome::Wire, ..decision }),
             _ => finish(&skb, decision),
         };
     }
     skb.pull();
-    finish(&skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()))
+    finish_limited(&skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()))
+}
+
+/// As [`finish_limited`], to a pod with a limit: a function of its own, to leave the registers to those without.
+#[inline(never)]
+fn local_limited(skb: &Skb, pod: &Endpoint, to: &Endpoint, remark: Option<Outcome>) -> i32 {
+    finish_limited(skb, Decision { outcome: Outcome::Local, remark, pod: Some(pod), to: Some(to) })
+}
+
+/// As [`finish`], once the packet is charged to the pods that it is from and for.
+#[inline(always)]
+fn finish_limited(skb: &Skb, decision: Decision<'_>) -> i32 {
+    let limit::Departure { decision, at } = limit::egress(&Kernel, skb, decision);
+    if at != limit::AT_ONCE {
+        skb.leave_at(at);
+    }
+    finish(skb, decision)
 }
 
 #[inline(always)]

@@ -4,7 +4,7 @@ use aya_ebpf::{macros::classifier, programs::TcContext};
 use datapath_common::{
     abi::{Direction, Outcome},
     decide::{
-        Decision,
+        Decision, limit,
         pod_ingress::{decide_any, decide_plain},
     },
 };
@@ -22,7 +22,7 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
         return finish(&skb, decision);
     }
     skb.pull();
-    finish(&skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex()))
+    finish(&skb, limit::ingress(&Kernel, &skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex())))
 }
 
 #[inline(always)]

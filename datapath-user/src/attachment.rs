@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, path::PathBuf};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use crate::net::InterfaceName;
+use crate::{bandwidth::Bandwidth, net::InterfaceName};
 
 /// A route inside a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -42,6 +42,9 @@ pub struct Attachment {
     pub uid: String,
     /// The highest MTU that it shall have.
     pub mtu: Option<u16>,
+    /// Limits of its bandwidth.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
     /// What else is set up.
     pub extras: Extras,
 }

@@ -169,6 +169,9 @@ pub struct Parent {
     /// Use the kernel's generic XDP, for interfaces whose driver has none.
     #[serde(default)]
     pub generic_xdp: bool,
+    /// Give it a fair queue (`fq`), in which packets beyond a pod's limit of bandwidth wait in place of being dropped.
+    #[serde(default)]
+    pub fair_queue: bool,
 }
 
 /// What XDP does on a parent ENI.
@@ -202,6 +205,9 @@ pub struct Host {
     /// Destinations besides the node's own addresses.
     #[serde(default)]
     pub prefixes: Vec<Ipv4Net>,
+    /// Where load balancers' health checks come from.
+    #[serde(default)]
+    pub health_checks: Vec<Ipv4Net>,
     /// The cloud's metadata service.
     #[serde(default)]
     pub metadata: Metadata,
@@ -401,8 +407,10 @@ confirm_removals = true
 interface = "eth1"
 xdp = "redirect"
 generic_xdp = true
+fair_queue = true
 [host]
 prefixes = ["10.247.0.0/16"]
+health_checks = ["100.125.0.0/16"]
 metadata = "wire"
 [limits]
 endpoints = 64
@@ -412,6 +420,8 @@ flows = 2048
         .unwrap();
         assert_eq!(config.fast_path, FastPath::All);
         assert_eq!(config.parents[0].xdp, Xdp::Redirect);
+        assert!(config.parents[0].fair_queue);
+        assert_eq!(config.host.health_checks, ["100.125.0.0/16".parse().unwrap()]);
         assert_eq!(config.host.prefixes, ["10.247.0.0/16".parse().unwrap()]);
         assert_eq!(config.limits, Limits { endpoints: 64, flows: 2048 });
     }

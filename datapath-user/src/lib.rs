@@ -8,6 +8,7 @@ pub mod agent;
 mod api;
 pub mod attach;
 pub mod attachment;
+pub mod bandwidth;
 pub mod cli;
 pub mod config;
 pub mod detach;

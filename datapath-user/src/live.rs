@@ -9,11 +9,12 @@ use std::{
     collections::{HashMap, HashSet},
     fmt::Display,
     net::Ipv4Addr,
+    sync::atomic::AtomicU64,
 };
 
 use datapath_common::{
     abi::{
-        Admitted, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin, PairKey,
+        Admitted, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Limits, Origin, PairKey,
         maps::{self, host_dst},
         policy::{ClassGroups, Page, ProgramRow, VerdictRow},
     },
@@ -54,6 +55,8 @@ pub struct LiveTables {
     fragments: RefCell<HashMap<FragmentKey, Door>>,
     marks: RefCell<HashSet<u32>>,
     flow_involved: Cell<bool>,
+    limits: List<Limits>,
+    spent: List<AtomicU64>,
 }
 
 impl LiveTables {
@@ -74,6 +77,8 @@ impl LiveTables {
             fragments: RefCell::default(),
             marks: RefCell::default(),
             flow_involved: Cell::new(false),
+            limits: List::default(),
+            spent: List::default(),
         }
     }
 
@@ -204,6 +209,8 @@ impl Rules for LiveTables {
 }
 
 impl Tables for LiveTables {
+    type Spent = AtomicU64;
+
     fn subeni(&self, vid: u16) -> u32 {
         let parent = self.parent.get();
         let key = format_args!("parent {parent}, VLAN {vid}");
@@ -236,6 +243,9 @@ impl Tables for LiveTables {
         }
         if flags & host_dst::SERVICE != 0 {
             words.push("which translates it");
+        }
+        if flags & host_dst::PREFERRED != 0 {
+            words.push("goes before others at a limit of bandwidth");
         }
         if flags & host_dst::DENY != 0 {
             words.push("denied");
@@ -335,6 +345,26 @@ impl Tables for LiveTables {
     fn retire(&self, key: &PairKey) {
         self.step(maps::PAIRS, self.pair_name(key), "to be forgotten: rules do not allow it any more");
         self.rules.pairs.borrow_mut().insert(*key, None);
+    }
+
+    fn limits(&self, id: u32) -> Option<&Limits> {
+        let limits = self.answer(self.maps.limits(id).map(Some))?;
+        Some(self.limits.push(limits))
+    }
+
+    /// A copy, which a packet that is only looked at may be charged to.
+    fn spent(&self, id: u32, direction: Direction) -> Option<&AtomicU64> {
+        let until = self.answer(self.maps.spent(id).map(Some))?.until[direction as usize];
+        let ahead = until.saturating_sub(self.nanos());
+        let key = format!("{}, {}", self.name(id), direction.name());
+        self.step(maps::SPENT, key, format_args!("{} µs ahead of its rate", ahead / 1000));
+        Some(self.spent.push(AtomicU64::new(until)))
+    }
+
+    fn nanos(&self) -> u64 {
+        // The kernel's clock, of which the programs ask, and which cannot fail.
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+        now.map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
     }
 
     fn fast_path(&self) -> bool {

@@ -1,5 +1,7 @@
 //! The few requests to the kernel's routing socket that the agent needs, with errors that say what was wanted.
 
+mod qdisc;
+
 use std::{
     io,
     net::{IpAddr, Ipv4Addr},
@@ -103,6 +105,8 @@ pub struct Link {
     pub peer_namespace: Option<i32>,
     /// Its alias.
     pub alias: Option<String>,
+    /// Queues that it sends by.
+    pub queues: u32,
 }
 
 impl Link {
@@ -118,6 +122,7 @@ impl Link {
             peer: None,
             peer_namespace: None,
             alias: None,
+            queues: 1,
         };
         for attribute in message.attributes {
             match attribute {
@@ -127,6 +132,7 @@ impl Link {
                 LinkAttribute::OperState(state) => link.operational = state == OperState::Up,
                 LinkAttribute::Link(index) => link.peer = Some(index),
                 LinkAttribute::LinkNetNsId(id) => link.peer_namespace = Some(id),
+                LinkAttribute::NumTxQueues(queues) => link.queues = queues,
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias),
                 LinkAttribute::LinkInfo(infos) => link.veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth)),
                 _ => {}

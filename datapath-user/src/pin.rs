@@ -20,7 +20,8 @@ use aya::{
     sys::SyscallError,
 };
 use datapath_common::abi::{
-    self, Admitted, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+    self, Admitted, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Limits as Bandwidth, PairKey,
+    Spent,
     maps::{self, MAX_FRAGS, MAX_HOST_DST, MAX_PARENTS, MAX_VIPS, SLOTS_PER_ENDPOINT, VLANS, VipKey},
     policy::{ClassGroups, MAX_GROUPS, PAGES, Page, ProgramRow, VerdictRow},
 };
@@ -153,6 +154,8 @@ pub fn layouts(limits: &Limits) -> [(&'static str, MapLayout); maps::ALL.len()] 
         (maps::RULES, layout::<u32, Page>(MapType::Array, 2 * PAGES)),
         (maps::PAIRS, layout::<PairKey, Admitted>(MapType::LruHash, limits.flows)),
         (maps::PAIR_MARK, layout::<u32, u32>(MapType::Array, pods + 1)),
+        (maps::LIMITS, layout::<u32, Bandwidth>(MapType::Array, pods + 1)),
+        (maps::SPENT, layout::<u32, Spent>(MapType::Array, pods + 1)),
     ]
 }
 

@@ -9,6 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    bandwidth::Bandwidth,
     net::Mac,
     run_file::{self, RunFileError},
 };
@@ -112,6 +113,9 @@ pub struct PodStatus {
     pub ipv4: Ipv4Addr,
     /// The allocator's generation.
     pub generation: u32,
+    /// Limits of its bandwidth.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
     /// Why it is not, or not as asked, in the tables.
     pub error: Option<String>,
 }
@@ -171,6 +175,7 @@ mod tests {
                 mac: Mac([2, 0, 0, 0, 0, 1]),
                 ipv4: Ipv4Addr::new(10, 0, 0, 1),
                 generation: 1,
+                bandwidth: Bandwidth::default(),
                 error: None,
             }],
             ..Status::default()

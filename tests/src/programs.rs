@@ -9,6 +9,7 @@ use std::{
     fmt,
     os::fd::{AsFd as _, AsRawFd as _},
     process::Command,
+    sync::atomic::Ordering::Relaxed,
     time::Duration,
 };
 
@@ -18,7 +19,7 @@ use aya::{
     programs::{ProgramError, ProgramFd, SchedClassifier, TestRunResult, Xdp},
 };
 use datapath_common::{
-    abi::{Direction, Outcome},
+    abi::{Direction, Outcome, Spent},
     packet::link::Tag,
     testing::{MemoryTables, rules::Row},
 };
@@ -294,7 +295,7 @@ impl Programs {
         maps.set_epoch(node.rules.epoch)
     }
 
-    /// Adds what `node` remembers.
+    /// Adds what `node` remembers, limits and how far they are used up among it.
     ///
     /// # Errors
     ///
@@ -308,6 +309,11 @@ impl Programs {
         }
         for (key, flow) in &node.pairs {
             self.maps.policy.set_pair(key, flow)?;
+        }
+        for (&id, (limits, spent)) in &node.limits {
+            self.maps.set_limits(id, limits)?;
+            let until = spent.each_ref().map(|spent| spent.0.load(Relaxed));
+            self.maps.set_spent(id, &Spent { until })?;
         }
         Ok(())
     }

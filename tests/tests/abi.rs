@@ -37,15 +37,22 @@ fn snapshot() -> String {
     line(
         out,
         format_args!(
-            "HOST_DST flags: host {}, deny {}, service {}",
+            "HOST_DST flags: host {}, deny {}, service {}, preferred {}",
             host_dst::HOST,
             host_dst::DENY,
-            host_dst::SERVICE
+            host_dst::SERVICE,
+            host_dst::PREFERRED
         ),
     );
     line(
         out,
-        format_args!("endpoint flags: off {}, groups {}, observe {}", flag::OFF, flag::GROUPS, flag::OBSERVE),
+        format_args!(
+            "endpoint flags: off {}, groups {}, observe {}, limited {}",
+            flag::OFF,
+            flag::GROUPS,
+            flag::OBSERVE,
+            flag::LIMITED
+        ),
     );
     for verdict in Verdict::ALL {
         line(out, format_args!("verdict {}: {}", verdict as u8, verdict.name()));

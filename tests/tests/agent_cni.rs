@@ -9,7 +9,8 @@
 
 use std::{fs, net::SocketAddrV4, thread, time::Duration};
 
-use datapath_common::abi::{Direction, Outcome};
+use datapath_common::abi::{Direction, Limits, Outcome};
+use datapath_user::{pin::Pins, tables::Maps};
 use eniway_tests::{
     lab::{
         NetnsGuard,
@@ -329,5 +330,41 @@ fn a_pod_of_the_file_gets_the_sandbox_that_the_runtime_brings() -> Result {
         assert!(node.plugin("DEL", Some(sandbox), json!({}))?.ok);
     }
     assert_eq!(node.traces()?, [""; 0]);
+    Ok(())
+}
+
+#[test]
+fn runtimes_limit_the_bandwidth_of_sandboxes() -> Result {
+    let mut node = Node::new("cni-limit", 4)?;
+    node.start_agent()?;
+    let stands = sandboxes("cnilimit", 1)?;
+    let sandbox = &stands[0].1;
+    let runtime = |bandwidth: Value| json!({ "runtimeConfig": { "bandwidth": bandwidth } });
+    for (wrong, word) in [
+        (json!({ "egressRate": 10, "egressBurst": 80 }), "egress rate: 10"),
+        (json!({ "ingressBurst": 80 }), "no rate"),
+    ] {
+        fails(&node.plugin("ADD", Some(sandbox), runtime(wrong))?, 7, word);
+    }
+    assert_eq!(node.traces()?, [""; 0]);
+    let limits = || -> Result<Vec<Limits>> {
+        let maps = Maps::open(&Pins::new(&node.pin_dir()))?;
+        let all = (0..maps.ids()).map(|id| maps.limits(id)).collect::<std::result::Result<Vec<_>, _>>()?;
+        Ok(all.into_iter().filter(|limits| *limits != Limits::ZERO).collect())
+    };
+    // As containerd writes it for the annotation kubernetes.io/ingress-bandwidth: 10M.
+    let asked = runtime(json!({ "ingressRate": 10_000_000, "ingressBurst": u32::MAX }));
+    let said = node.plugin("ADD", Some(sandbox), asked)?;
+    assert!(said.ok, "{said:?}");
+    let rows = limits()?;
+    assert_eq!(rows.len(), 1);
+    assert_eq!((rows[0].ingress.nanos(1000), rows[0].egress.cost), (800_000, 0));
+    assert!(node.plugin("DEL", Some(sandbox), json!({}))?.ok);
+    assert_eq!(limits()?.len(), 0);
+    // What is left to the plugin `bandwidth` is none of ours.
+    let annotated = json!({ "runtimeConfig": { "io.kubernetes.cri.pod-annotations":
+        { "kubernetes.io/ingress-bandwidth": "10M" } } });
+    assert!(node.plugin("ADD", Some(sandbox), annotated)?.ok);
+    assert_eq!(limits()?.len(), 0);
     Ok(())
 }

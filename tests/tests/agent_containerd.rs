@@ -10,6 +10,8 @@
 
 use std::{collections::HashMap, fs, time::Duration};
 
+use datapath_common::abi::{Bucket, Limits};
+use datapath_user::{pin::Pins, tables::Maps};
 use eniway_tests::runtime::{
     Node,
     containerd::Containerd,
@@ -182,5 +184,43 @@ fn other_plugins_come_after_ours_and_ctr_can_use_it_too() -> Result {
     let said = containerd.run_with_ctr(&node, "by-ctr", "ip -4 addr show eth0; ip route")?;
     assert!(said.contains("inet 10.1.") && said.contains("default via 10.1.16.1"), "{said}");
     assert_eq!(node.traces()?, [""; 0], "{}", node.log());
+    Ok(())
+}
+
+#[test]
+fn limits_are_the_plugins_where_it_has_the_capability() -> Result {
+    let mut node = Node::new("limits", 4)?;
+    node.limits = true;
+    node.start_agent()?;
+    let containerd = Containerd::start(&node, &[])?;
+    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = {
+        let _inside = tokio.enter();
+        Runtime::new(&containerd.socket())?
+    };
+    tokio.block_on(up(&runtime))?;
+    let mut wanted = config(&containerd, 0, 0);
+    wanted.annotations = HashMap::from([
+        ("kubernetes.io/ingress-bandwidth".to_owned(), "10M".to_owned()),
+        ("kubernetes.io/egress-bandwidth".to_owned(), "20M".to_owned()),
+        ("eniway/egress-burst".to_owned(), "8M".to_owned()),
+    ]);
+    let id =
+        tokio.block_on(runtime.run(wanted)).map_err(|status| format!("{status}\n{}", containerd.log()))?;
+    let limits = || -> Result<Vec<Limits>> {
+        let maps = Maps::open(&Pins::new(&node.pin_dir()))?;
+        let all = (0..maps.ids()).map(|id| maps.limits(id)).collect::<std::result::Result<Vec<_>, _>>()?;
+        Ok(all.into_iter().filter(|limits| *limits != Limits::ZERO).collect())
+    };
+    // The burst that containerd writes where nobody has chosen one is not taken at its word.
+    let expected = Limits {
+        ingress: Bucket::new(10_000_000, 10_000_000 / 8 / 4),
+        egress: Bucket::new(20_000_000, 1_000_000),
+        pace: 0,
+    };
+    assert_eq!(limits()?, [expected]);
+    tokio.block_on(stop_all(&runtime, std::slice::from_ref(&id)))?;
+    assert_eq!(limits()?, []);
+    assert_eq!(node.traces()?, [""; 0]);
     Ok(())
 }

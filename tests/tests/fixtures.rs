@@ -6,9 +6,9 @@ use std::{cell::RefCell, collections::BTreeSet};
 
 use datapath_common::{
     abi::{
-        Admitted,
+        Admitted, Bucket,
         Direction::{self, Egress, Ingress},
-        Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Origin,
+        Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Limits as Bandwidth, Origin,
         Outcome::{self, *},
         PairKey,
         endpoint::flag,
@@ -865,6 +865,135 @@ fn eni_egress() -> Vec<Fixture> {
     ]
 }
 
+// ---- Limits of bandwidth.
+
+/// Limits so low that what is used up stays so for the time of a test.
+fn limit(pace: u64) -> Bandwidth {
+    let bucket = Bucket::new(1000, 70_000);
+    Bandwidth { ingress: bucket, egress: bucket, pace }
+}
+
+/// A and C may send and receive at a limit; C has a queue on its parent.
+fn limited_node() -> MemoryTables {
+    let mut node = node();
+    node.limit(A.id, limit(0));
+    node.limit(C.id, limit(1_000_000));
+    node
+}
+
+/// The same, with nothing left but the reserve.
+fn used_up_node() -> MemoryTables {
+    let mut node = limited_node();
+    let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("there is a clock");
+    let now = clock.tv_sec() as u64 * 1_000_000_000;
+    for id in [A.id, C.id] {
+        // Minutes beyond the burst, and minutes before the end of the reserve: all of it is asked within that time.
+        node.spend(id, now + limit(1_000_000).egress.depth + Bucket::new(1000, Bucket::RESERVE / 2).depth);
+    }
+    node
+}
+
+/// What pods send and receive that have a limit, and are within it or beyond.
+fn limited(within: bool) -> Vec<Fixture> {
+    let send = |name, pod: Endpoint, dst: Socket| {
+        fixture(name, Hook::PodEgress, &Packet::udp((pod.ipv4, 4000), dst).macs(pod.mac, GATEWAY_MAC))
+            .at(pod.ifindex)
+    };
+    let to_a = |src: Socket| Packet::udp(src, (A.ipv4, 4000));
+    let wire = |name, pod: Endpoint, beyond: Outcome| {
+        let it = send(name, pod, (REMOTE, 53));
+        if !within {
+            return it.dropped().counts(pod.id, Egress, beyond);
+        }
+        it.gives(tc::REDIRECT).leaves_tagged(pod.vid).counts(pod.id, Egress, Wire)
+    };
+    let local = |name, from: Endpoint, to: Endpoint, beyond: Outcome| {
+        let it = send(name, from, (to.ipv4, 53));
+        if within {
+            let leaves = Packet::udp((from.ipv4, 4000), (to.ipv4, 53)).macs(GATEWAY_MAC, to.mac);
+            let it = it.gives(tc::REDIRECT).leaves(&leaves);
+            it.counts(from.id, Egress, Local).counts(to.id, Ingress, Local)
+        } else {
+            let it = it.dropped().counts(from.id, Egress, beyond);
+            if beyond == IngressLimit { it.counts(to.id, Ingress, beyond) } else { it }
+        }
+    };
+    let receive = |it: Fixture, action, outcome: Outcome| {
+        if within {
+            it.gives(action).counts(A.id, Ingress, outcome)
+        } else {
+            it.dropped().counts(A.id, Ingress, IngressLimit)
+        }
+    };
+    let from_fabric = to_a((REMOTE, 1)).macs(GATEWAY_MAC, A.wire_mac);
+    let from_stack = to_a((REMOTE, 1)).macs(NODE_MAC, A.mac);
+    // A client's packet by a node port, which is remembered unless it ends here.
+    let mut from_stack =
+        receive(fixture("from the stack", Hook::PodIngress, &from_stack).at(A.ifindex), tc::NEXT, Host);
+    if within {
+        from_stack = from_stack.counts(A.id, Ingress, FlowRemembered);
+    }
+    let own = |hook, packet: &Packet| fixture("an ENI of its own", hook, packet).at(A.ifindex);
+    let sent = Packet::udp((A.ipv4, 4000), (REMOTE, 53)).macs(A.mac, GATEWAY_MAC);
+    let asks = Packet::arp(1, A.mac, A.ipv4, B.ipv4);
+    let probe = Packet::tcp((NODE, 1), (A.ipv4, 80), SYN);
+    vec![
+        wire("to the wire", A, EgressLimit),
+        wire("to the wire, by a queue", C, EgressQueue),
+        local("to a pod without a limit", A, B, EgressLimit),
+        local("to a pod with a limit", B, A, IngressLimit),
+        local("from a limit to another", A, C, EgressLimit),
+        receive(
+            fixture("from the wire", Hook::EniIngress, &from_fabric)
+                .beside(TPID_8021Q, A.vid)
+                .leaves(&from_fabric),
+            tc::REDIRECT,
+            Wire,
+        ),
+        from_stack,
+        receive(own(Hook::NicIngress, &from_fabric), tc::NEXT, Wire),
+        if within {
+            own(Hook::NicEgress, &sent).gives(tc::NEXT).counts(A.id, Egress, Wire)
+        } else {
+            own(Hook::NicEgress, &sent).dropped().counts(A.id, Egress, EgressLimit)
+        },
+        // Used up or not.
+        fixture("a probe of the node's", Hook::PodIngress, &probe.macs(NODE_MAC, A.mac))
+            .at(A.ifindex)
+            .gives(tc::NEXT)
+            .counts(A.id, Ingress, Host),
+        send("the answer to a probe", A, (NODE, 1)).gives(tc::NEXT).counts(A.id, Egress, Host),
+        fixture("ARP", Hook::PodEgress, &asks.macs(A.mac, BROADCAST))
+            .at(A.ifindex)
+            .gives(tc::REDIRECT)
+            .leaves_tagged(A.vid)
+            .counts(A.id, Egress, WireArp),
+        fixture(
+            "ARP for it",
+            Hook::EniIngress,
+            &Packet::arp(1, GATEWAY_MAC, GATEWAY, A.ipv4).macs(GATEWAY_MAC, A.wire_mac),
+        )
+        .beside(TPID_8021Q, A.vid)
+        .gives(tc::REDIRECT)
+        .counts(A.id, Ingress, Wire),
+        // What is refused anyway says why.
+        fixture(
+            "another's address",
+            Hook::PodEgress,
+            &Packet::udp((B.ipv4, 1), (REMOTE, 2)).macs(A.mac, GATEWAY_MAC),
+        )
+        .at(A.ifindex)
+        .dropped()
+        .counts(A.id, Egress, SourceAddress),
+    ]
+}
+
+/// tc charges it.
+fn limited_at_xdp() -> Fixture {
+    let packet = Packet::udp((REMOTE, 1), (A.ipv4, 4000)).macs(GATEWAY_MAC, A.wire_mac).vlan(A.vid);
+    fixture("UDP to a pod with a limit", Hook::EniXdp, &packet).gives(xdp::PASS)
+}
+
 // ---- Running them.
 
 thread_local! {
@@ -1003,6 +1132,9 @@ fn all() -> Vec<(FastPath, Xdp, MemoryTables, Vec<Fixture>)> {
         (judged, Xdp::Guard, judged_node(), pod_egress_by_groups()),
         (judged, Xdp::Guard, unknown, pod_egress_not_judged()),
         (FastPath::All, Xdp::Guard, observed, pod_egress_observed()),
+        (FastPath::All, Xdp::Guard, limited_node(), limited(true)),
+        (FastPath::All, Xdp::Guard, used_up_node(), limited(false)),
+        (FastPath::All, Xdp::Redirect, used_up_node(), vec![limited_at_xdp()]),
     ]
 }
 

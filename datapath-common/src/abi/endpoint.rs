@@ -3,7 +3,7 @@
 #[cfg(not(feature = "next-abi"))]
 use core::mem::{offset_of, size_of};
 
-/// Bits of [`Endpoint::flags`]. What stands for either pod of a pair holds for the pair.
+/// Bits of [`Endpoint::flags`]. What stands for either pod of a pair holds for the pair, unless it says otherwise.
 pub mod flag {
     /// No traffic of the pod takes the fast path.
     pub const OFF: u32 = 1;
@@ -11,6 +11,8 @@ pub mod flag {
     pub const GROUPS: u32 = 2;
     /// What security groups would say of the pod's traffic is counted, and not done.
     pub const OBSERVE: u32 = 4;
+    /// The pod has a row in map `LIMITS`. It stands for the one pod, not for the pair.
+    pub const LIMITED: u32 = 8;
 }
 
 /// Everything the datapath knows of a pod's sub-ENI: the value of map `ENDPOINT`, found by slot.

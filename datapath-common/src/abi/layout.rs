@@ -7,7 +7,8 @@
 use core::mem::{offset_of, size_of};
 
 use super::{
-    Admitted, Carried, Counter, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+    Admitted, Bucket, Carried, Counter, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Limits,
+    PairKey, Spent,
     maps::{self, VipKey},
     outcome::OUTCOMES,
     policy::{ClassGroups, Page, ProgramRow, VerdictRow},
@@ -138,6 +139,17 @@ const CARRIED_ROW: Record = Record {
         Field { name: "pending egress (packets, bytes)", offset: 8 + ROW + HALF, size: HALF },
     ],
 };
+const BUCKET: usize = size_of::<Bucket>();
+const LIMITS: Record = Record {
+    name: "Limits",
+    size: size_of::<Limits>(),
+    fields: &[
+        Field { name: "ingress (cost, depth, reserve)", offset: offset_of!(Limits, ingress), size: BUCKET },
+        Field { name: "egress (cost, depth, reserve)", offset: offset_of!(Limits, egress), size: BUCKET },
+        Field { name: "pace", offset: offset_of!(Limits, pace), size: 8 },
+    ],
+};
+const SPENT: Record = record!(Spent { until });
 const PREFIX: Record = Record {
     name: "prefix",
     size: 8,
@@ -152,7 +164,7 @@ const IPV6: Record = plain!([u8; 16], "ipv6");
 const FLAGS: Record = plain!(u32, "flags");
 
 /// All structs.
-pub const RECORDS: [Record; 15] = [
+pub const RECORDS: [Record; 17] = [
     ENDPOINT,
     FLOW_KEY,
     FLOW,
@@ -168,6 +180,8 @@ pub const RECORDS: [Record; 15] = [
     COUNTER,
     COUNTER_ROW,
     CARRIED_ROW,
+    LIMITS,
+    SPENT,
 ];
 
 /// All maps, as in [`maps::ALL`].
@@ -201,6 +215,8 @@ pub const TABLES: [Table; maps::ALL.len()] = [
     Table { map: maps::RULES, key: plain!(u32, "2 * page + epoch % 2"), value: PAGE },
     Table { map: maps::PAIRS, key: PAIR_KEY, value: ADMITTED },
     Table { map: maps::PAIR_MARK, key: ID, value: MARK },
+    Table { map: maps::LIMITS, key: ID, value: LIMITS },
+    Table { map: maps::SPENT, key: ID, value: SPENT },
 ];
 
 /// [`maps::CARRIED`], which no program uses.

@@ -34,6 +34,11 @@ pub const FRAGS: &str = "FRAGS";
 /// Packets and bytes. Per-CPU array by endpoint id (0 = no pod) of [`CounterRow`](super::CounterRow).
 pub const COUNTERS: &str = "COUNTERS";
 
+/// Limits of bandwidth of the pods that have them. Array by endpoint id of [`Limits`](super::Limits).
+pub const LIMITS: &str = "LIMITS";
+/// How far limits are used up. Array by endpoint id of [`Spent`](super::Spent).
+pub const SPENT: &str = "SPENT";
+
 /// Epoch of the security groups' tables. Array with one `u32`: its lowest bit says which half is in force.
 pub const EPOCH: &str = "EPOCH";
 /// Verdicts. Array by class of [`VerdictRow`](super::policy::VerdictRow).
@@ -59,7 +64,7 @@ pub const CARRIED: &str = "CARRIED";
 pub const LAYOUT: &str = "LAYOUT";
 
 /// All maps of the programs, in the order of creation.
-pub const ALL: [&str; 21] = [
+pub const ALL: [&str; 23] = [
     ENDPOINT,
     SUBENI,
     POD_IF,
@@ -81,6 +86,8 @@ pub const ALL: [&str; 21] = [
     RULES,
     PAIRS,
     PAIR_MARK,
+    LIMITS,
+    SPENT,
 ];
 
 /// Load-time constant (`u8`): 1 = pod-to-pod traffic on the node takes the fast path as far as the pods'
@@ -148,6 +155,8 @@ pub mod host_dst {
     pub const DENY: u32 = 2;
     /// Together with [`HOST`]: the node's stack does not serve it but translates it, and forwards in the pod's name.
     pub const SERVICE: u32 = 4;
+    /// The node's own address, or one that health checks come from: what a limited pod exchanges with it goes before.
+    pub const PREFERRED: u32 = 8;
 }
 
 /// Key of map `VIPS`.

@@ -7,12 +7,14 @@
 pub mod endpoint;
 pub mod flow;
 pub mod layout;
+pub mod limit;
 pub mod maps;
 pub mod outcome;
 pub mod policy;
 
 pub use endpoint::Endpoint;
 pub use flow::{Door, Flow, FlowKey, Fragment, FragmentKey, Origin};
+pub use limit::{Bucket, Limits, Spent};
 pub use outcome::{Carried, Counter, CounterRow, Direction, Outcome};
 pub use policy::{Admitted, PairKey};
 

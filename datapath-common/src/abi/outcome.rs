@@ -132,6 +132,12 @@ outcomes! {
     DeniedDestination = 35, "denied-destination", Drop;
     /// A packet of an interface that is attached but has no record.
     UnknownPod = 36, "unknown-pod", Drop;
+    /// The pod, or the other one that was meant, receives more than its limit of bandwidth.
+    IngressLimit = 46, "ingress-limit", Drop;
+    /// The pod sends more than its limit of bandwidth.
+    EgressLimit = 47, "egress-limit", Drop;
+    /// The pod sends more than its limit of bandwidth, and the share of its parent's queue that it may fill is full.
+    EgressQueue = 48, "egress-queue", Drop;
 }
 
 /// One more than the largest number an outcome may have.

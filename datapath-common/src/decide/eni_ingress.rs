@@ -9,7 +9,7 @@
 use super::{
     Decision,
     door::{arrival, fragment_key, inbound_key, lead, recall, refresh, reply_door},
-    same, same_mac,
+    limit, same, same_mac,
 };
 use crate::{
     abi::{Door, Endpoint, Origin, Outcome},
@@ -26,11 +26,12 @@ use crate::{
 /// Decides on a frame that arrives at the parent ENI.
 #[inline(always)]
 pub fn decide<'t, T: Tables, F: Frame + ?Sized>(tables: &'t T, frame: &F, tag: Option<Tag>) -> Decision<'t> {
-    decide_plain(tables, frame, tag).unwrap_or_else(|| decide_any(tables, frame, tag))
+    let decision = decide_plain(tables, frame, tag).unwrap_or_else(|| decide_any(tables, frame, tag));
+    limit::ingress(tables, frame, decision)
 }
 
-/// As [`decide`], where the tag stands beside the frame and the packet is plain and for its pod, or its pod is unknown;
-/// else `None`.
+/// As [`decide`] but for limits, where the tag stands beside the frame and the packet is plain and for its pod, which has no limit,
+/// or its pod is unknown; else `None`.
 #[inline(always)]
 pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -44,7 +45,7 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     plain_for::<0, _, _>(tables, frame, tag, |pod, ip| Some(route(tables, pod, ip)))
 }
 
-/// As [`decide`], for every frame.
+/// As [`decide`] but for limits, for every frame.
 #[inline(always)]
 pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -82,6 +83,9 @@ fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     let Some(pod) = tables.endpoint(tables.subeni(vid)) else {
         return Some(Decision::unknown(Outcome::UnknownVlan));
     };
+    if limit::is_limited(Some(pod)) {
+        return None;
+    }
     if same_mac(frame.load(0)?, pod.wire_mac) && same(ip.dst, pod.ipv4) && !same(ip.src, pod.ipv4) {
         Some(route(pod, &ip).unwrap_or(Decision::new(Outcome::Wire, pod)))
     } else {

@@ -11,6 +11,9 @@
 pub mod door;
 pub mod eni_egress;
 pub mod eni_ingress;
+pub mod limit;
+#[cfg(test)]
+mod limit_tests;
 pub mod nic;
 pub mod pod_egress;
 pub mod pod_ingress;

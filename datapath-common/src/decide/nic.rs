@@ -11,7 +11,7 @@ use crate::{
     tables::Tables,
 };
 
-/// Decides on a frame that the pod sends by its interface `ifindex`: [`Outcome::Wire`], [`Outcome::WireArp`], or why not.
+/// Decides, but for limits, on a frame that the pod sends by its interface `ifindex`: [`Outcome::Wire`], [`Outcome::WireArp`], or why not.
 #[inline(always)]
 pub fn egress<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -44,7 +44,7 @@ pub fn egress<'t, T: Tables, F: Frame + ?Sized>(
     Decision::new(outcome, pod)
 }
 
-/// Counts a frame that comes in by the pod's interface `ifindex`. The cloud delivers by MAC and address; there is no VLAN
+/// Counts, whatever the limits, a frame that comes in by the pod's interface `ifindex`. The cloud delivers by MAC and address; there is no VLAN
 /// that could lead to the wrong pod.
 #[inline(always)]
 pub fn ingress<T: Tables>(tables: &T, ifindex: u32) -> Decision<'_> {

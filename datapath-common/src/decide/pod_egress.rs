@@ -9,7 +9,7 @@
 use super::{
     Decision,
     door::{arrival, fragment_key, lead, outbound_key, recall, refresh, stays_on_the_wire},
-    policy, same, same_mac,
+    limit, policy, same, same_mac,
 };
 use crate::{
     abi::{Door, Endpoint, Origin, Outcome, maps::host_dst},
@@ -34,11 +34,12 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
     ifindex: u32,
     gso_size: u32,
 ) -> Decision<'t> {
-    decide_plain(tables, frame, tag, ifindex, gso_size)
-        .unwrap_or_else(|| decide_any(tables, frame, tag, ifindex, gso_size))
+    let decision = decide_plain(tables, frame, tag, ifindex, gso_size)
+        .unwrap_or_else(|| decide_any(tables, frame, tag, ifindex, gso_size));
+    limit::egress(tables, frame, decision).decision
 }
 
-/// As [`decide`], where the frame is plain, untagged and from the pod's MAC; else `None`.
+/// As [`decide`] but for limits, where the frame is plain, untagged and from the MAC of a pod without a limit; else `None`.
 #[inline(always)]
 pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -51,6 +52,9 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
         return None;
     }
     let pod = tables.pod_by_ifindex(ifindex)?;
+    if limit::is_limited(Some(pod)) {
+        return None;
+    }
     let plain::Packet { src_mac, ip } = plain::parse::<0, _>(frame)?;
     if !same_mac(src_mac, pod.mac) {
         return None;
@@ -61,7 +65,7 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     Some(route(tables, pod, &ip, size(frame, link::UNTAGGED_LEN, &ip, gso_size)))
 }
 
-/// As [`decide`], for every frame.
+/// As [`decide`] but for limits, for every frame.
 #[inline(always)]
 pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,

@@ -5,7 +5,7 @@
 use super::{
     Decision,
     door::{arrival, reply_door},
-    same,
+    limit, same,
 };
 use crate::{
     abi::{Door, Endpoint, Outcome},
@@ -26,10 +26,12 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
     tag: Option<Tag>,
     ifindex: u32,
 ) -> Decision<'t> {
-    decide_plain(tables, frame, tag, ifindex).unwrap_or_else(|| decide_any(tables, frame, tag, ifindex))
+    let decision =
+        decide_plain(tables, frame, tag, ifindex).unwrap_or_else(|| decide_any(tables, frame, tag, ifindex));
+    limit::ingress(tables, frame, decision)
 }
 
-/// As [`decide`], where the frame is plain, untagged and for the pod; else `None`.
+/// As [`decide`] but for limits, where the frame is plain, untagged and for the pod, which has no limit; else `None`.
 #[inline(always)]
 pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -41,11 +43,14 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
         return None;
     }
     let pod = tables.pod_by_ifindex(ifindex)?;
+    if limit::is_limited(Some(pod)) {
+        return None;
+    }
     let plain::Packet { ip, .. } = plain::parse::<0, _>(frame)?;
     same(ip.dst, pod.ipv4).then(|| deliver(tables, pod, &ip))
 }
 
-/// As [`decide`], for every frame.
+/// As [`decide`] but for limits, for every frame.
 #[inline(always)]
 pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,

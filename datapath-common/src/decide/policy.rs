@@ -46,6 +46,9 @@ pub(super) fn rule<T: Tables>(tables: &T, pod: &Endpoint, to: &Endpoint, ip: &Ip
     if flags & flag::OFF != 0 {
         return WIRE;
     }
+    if flags == flag::LIMITED {
+        return FAST;
+    }
     let ruling = by_groups(tables, verdict, pod, to, ip);
     if flags & flag::OBSERVE == 0 {
         return ruling;

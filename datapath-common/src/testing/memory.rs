@@ -1,6 +1,9 @@
 //! Tables in memory.
 
-use core::cell::{Ref, RefCell};
+use core::{
+    cell::{Ref, RefCell},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     vec::Vec,
@@ -8,7 +11,8 @@ use std::{
 
 use crate::{
     abi::{
-        Admitted, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+        Admitted, Direction, Door, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Limits, PairKey,
+        endpoint::flag,
         policy::{ClassGroups, Page, ProgramRow, VerdictRow},
     },
     tables::{Rules, Tables},
@@ -55,8 +59,12 @@ pub struct MemoryTables {
     pub pairs: HashMap<PairKey, Admitted>,
     /// Security groups.
     pub rules: MemoryRules,
+    /// Limits of bandwidth by pod, each with how far it is used up: see [`MemoryTables::limit`].
+    pub limits: BTreeMap<u32, (Limits, [Until; 2])>,
     /// The clock.
     pub now: u32,
+    /// The clock that limits go by, in nanoseconds.
+    pub nanos: u64,
     /// Whether there is a fast path.
     pub fast_path: bool,
     /// The parent whose programs look at these tables.
@@ -64,7 +72,25 @@ pub struct MemoryTables {
     changes: RefCell<Vec<Change>>,
 }
 
+/// A number that a limit is used up to, copied with the tables.
+#[derive(Debug, Default)]
+pub struct Until(pub AtomicU64);
+
+impl Clone for Until {
+    fn clone(&self) -> Self {
+        Self(AtomicU64::new(self.0.load(Relaxed)))
+    }
+}
+
 impl MemoryTables {
+    /// Limits the pod with this id, in its records, too.
+    pub fn limit(&mut self, id: u32, limits: Limits) {
+        self.limits.insert(id, (limits, <[Until; 2]>::default()));
+        for pod in self.endpoints.iter_mut().filter(|pod| pod.id == id) {
+            pod.flags |= flag::LIMITED;
+        }
+    }
+
     /// Puts a pod into the next slot, with all indexes; returns the slot.
     pub fn add(&mut self, pod: Endpoint) -> u32 {
         if self.endpoints.is_empty() {
@@ -76,6 +102,13 @@ impl MemoryTables {
         self.pod_if.insert(pod.ifindex, slot);
         self.pod_ip4.insert(pod.ipv4, slot);
         slot
+    }
+
+    /// Uses up both limits of a pod until a time.
+    pub fn spend(&mut self, id: u32, until: u64) {
+        for spent in self.limits.get_mut(&id).into_iter().flat_map(|(_, spent)| spent) {
+            *spent.0.get_mut() = until;
+        }
     }
 
     /// What was decided to be changed and is not yet.
@@ -145,6 +178,8 @@ impl Rules for MemoryTables {
 }
 
 impl Tables for MemoryTables {
+    type Spent = AtomicU64;
+
     fn subeni(&self, vid: u16) -> u32 {
         self.subeni.get(&(self.parent, vid)).copied().unwrap_or(0)
     }
@@ -224,6 +259,18 @@ impl Tables for MemoryTables {
 
     fn retire(&self, key: &PairKey) {
         self.changes.borrow_mut().push(Change::Retire(*key));
+    }
+
+    fn limits(&self, id: u32) -> Option<&Limits> {
+        self.limits.get(&id).map(|(limits, _)| limits)
+    }
+
+    fn spent(&self, id: u32, direction: Direction) -> Option<&AtomicU64> {
+        self.limits.get(&id).map(|(_, spent)| &spent[direction as usize].0)
+    }
+
+    fn nanos(&self) -> u64 {
+        self.nanos
     }
 
     fn fast_path(&self) -> bool {

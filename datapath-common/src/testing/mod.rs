@@ -69,7 +69,7 @@ pub fn node() -> MemoryTables {
         tables.add(pod);
     }
     tables.host_dst = [
-        (NODE, 32, host_dst::HOST),
+        (NODE, 32, host_dst::HOST | host_dst::PREFERRED),
         ([10, 1, 17, 172], 32, host_dst::HOST),
         ([10, 247, 0, 0], 16, host_dst::HOST | host_dst::SERVICE),
         (METADATA, 32, host_dst::DENY),

@@ -37,7 +37,7 @@ pub(crate) type Answer<T> = oneshot::Sender<T>;
 #[derive(Debug)]
 pub(crate) enum Refused {
     /// The sandbox has one.
-    Exists(Attachment),
+    Exists(Box<Attachment>),
     /// The file does not know the pod.
     Unknown(String),
     /// It cannot be written down.
@@ -171,7 +171,7 @@ impl Agent {
 
     async fn attach_sandbox(&mut self, attachment: Attachment) -> Result<Option<(u64, u32)>, Refused> {
         if let Some(known) = self.attachments.get(&attachment.container_id) {
-            return Err(Refused::Exists(known.clone()));
+            return Err(Refused::Exists(Box::new(known.clone())));
         }
         let container_id = attachment.container_id.clone();
         let unkept = |error: crate::run_file::RunFileError| Refused::Unkept(error.to_string());

@@ -81,6 +81,7 @@ impl Agent {
     /// Attaches the programs inside the pod and writes its record. Returns how much changed.
     pub(super) fn program_nic(
         &mut self,
+        pod: &Pod,
         record: &Endpoint,
         moving: &BTreeSet<u64>,
     ) -> Result<usize, AgentError> {
@@ -92,10 +93,11 @@ impl Agent {
         }
         let put =
             self.tables.put_among(&Endpoint { ifindex, ..*record }, &|owner| moving.contains(&owner))?;
+        let limited = self.limit(pod, put.id)?;
         if let Some(before) = before.filter(|live| live.record.ifindex != ifindex) {
             self.detach_pod(before.record.ifindex)?;
         }
-        Ok(put.changes)
+        Ok(put.changes + limited)
     }
 
     /// Attaches the programs, or replaces those that are there. Where the pod is gone, nothing is to be done.

@@ -6,6 +6,7 @@
 pub(crate) mod asks;
 mod error;
 mod exclusive;
+mod limits;
 mod listen;
 mod parent;
 mod pods;
@@ -333,6 +334,7 @@ impl Agent {
         self.look_for_confirmation().await;
         if self.ticks.is_multiple_of(CHECK_TICKS) {
             self.check_addresses().await;
+            self.follow_queues().await;
             let Self { parents, pins, kind, .. } = self;
             let mut moved = false;
             for parent in parents {
@@ -557,7 +559,7 @@ fn host_dsts(host: &config::Host, addresses: &[IpAddr]) -> BTreeMap<Ipv4Net, u32
         }
         _ => None,
     });
-    let own = own.map(|address| (address, host_dst::HOST));
+    let own = own.map(|address| (address, host_dst::HOST | host_dst::PREFERRED));
     let services = host.prefixes.iter().map(|prefix| (*prefix, host_dst::HOST | host_dst::SERVICE));
     let mut all: BTreeMap<Ipv4Net, u32> = own.chain(services).collect();
     match host.metadata {
@@ -566,6 +568,18 @@ fn host_dsts(host: &config::Host, addresses: &[IpAddr]) -> BTreeMap<Ipv4Net, u32
         // A flag of nothing hides a wider prefix that holds the address.
         Metadata::Wire => all.insert(METADATA.into(), 0),
     };
+    // The longest prefix alone is asked: one that health checks come from says, too, what a wider one says, and all that it
+    // holds say that they do.
+    for checks in &host.health_checks {
+        let wider = all.iter().filter(|(net, _)| net.contains(checks));
+        let flags = wider.max_by_key(|(net, _)| net.prefix_len()).map_or(0, |(_, flags)| *flags);
+        all.insert(checks.trunc(), flags | host_dst::PREFERRED);
+    }
+    for checks in &host.health_checks {
+        for (_, flags) in all.iter_mut().filter(|(net, _)| checks.contains(*net)) {
+            *flags |= host_dst::PREFERRED;
+        }
+    }
     all
 }
 
@@ -581,13 +595,18 @@ mod tests {
     fn the_host_serves_its_own_addresses_and_what_is_configured() {
         let addresses = ["10.1.0.167", "fe80::1", "10.247.0.10"].map(|address| address.parse().unwrap());
         let prefixes = vec!["10.247.0.0/16".parse().unwrap()];
+        let health_checks: Vec<Ipv4Net> =
+            ["100.125.0.0/16", "10.247.3.0/24"].map(|net| net.parse().unwrap()).into();
         for (metadata, flags) in
             [(Metadata::Deny, host_dst::DENY), (Metadata::Host, host_dst::HOST), (Metadata::Wire, 0)]
         {
-            let host = config::Host { prefixes: prefixes.clone(), metadata };
+            let host =
+                config::Host { prefixes: prefixes.clone(), health_checks: health_checks.clone(), metadata };
             let expected: BTreeMap<Ipv4Net, u32> = [
-                ("10.1.0.167/32", host_dst::HOST),
+                ("10.1.0.167/32", host_dst::HOST | host_dst::PREFERRED),
                 ("10.247.0.0/16", host_dst::HOST | host_dst::SERVICE),
+                ("10.247.3.0/24", host_dst::HOST | host_dst::SERVICE | host_dst::PREFERRED),
+                ("100.125.0.0/16", host_dst::PREFERRED),
                 ("169.254.169.254/32", flags),
             ]
             .into_iter()

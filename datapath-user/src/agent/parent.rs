@@ -45,6 +45,8 @@ pub(super) struct Parent {
     xdp_mode: &'static str,
     /// Why XDP does not run as configured.
     xdp_note: Option<String>,
+    /// Bytes of a pod that may wait in its queue for their time: 0 where it keeps no packet.
+    pub(super) queue: u64,
     /// What is wrong with the node's settings for it.
     pub(super) settings_note: Option<String>,
     /// What was changed in the node's settings for it.
@@ -71,6 +73,7 @@ impl Parent {
             ebpf,
             xdp_mode: OFF,
             xdp_note: None,
+            queue: 0,
             settings_note: None,
             changes: Vec::new(),
             gateways: Vec::new(),
@@ -183,20 +186,25 @@ impl Parent {
             .collect();
         gateways.sort_unstable();
         gateways.dedup();
-        let spec = ParentSpec { interface: self.name().to_owned(), gateways: gateways.clone() };
-        let note = match parent::prepare(&spec).await {
+        let spec = ParentSpec {
+            interface: self.name().to_owned(),
+            gateways: gateways.clone(),
+            fair_queue: self.config.fair_queue,
+        };
+        let (ready, note) = match parent::prepare(&spec).await {
             Ok(prepared) => {
                 self.changes = prepared.changes;
-                None
+                (true, prepared.queue_fault)
             }
-            Err(error) => Some(error.to_string()),
+            Err(error) => (false, Some(error.to_string())),
         };
+        self.look_at_queue().await;
         if let Some(note) = &note
             && self.settings_note.as_ref() != Some(note)
         {
             log::error!("parent ENI {}: {note}", self.name());
         }
-        self.gateways = if note.is_none() { gateways } else { Vec::new() };
+        self.gateways = if ready { gateways } else { Vec::new() };
         self.settings_note = note;
     }
 

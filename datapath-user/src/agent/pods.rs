@@ -141,7 +141,7 @@ impl Agent {
         moving: &BTreeSet<u64>,
     ) -> Result<usize, AgentError> {
         if pod.is_exclusive() {
-            return self.program_nic(record, moving);
+            return self.program_nic(pod, record, moving);
         }
         let owner = record.owner;
         // Wired a moment ago, or it would be stuck; if it went away since, the next check finds it.
@@ -168,6 +168,7 @@ impl Agent {
             }
             result => result?,
         };
+        let limited = self.limit(pod, put.id)?;
         if let Some(before) = before.filter(|live| live.record.ifindex != ifindex) {
             self.detach_pod(before.record.ifindex)?;
         }
@@ -175,7 +176,7 @@ impl Agent {
             wiring::open(&pod_spec(pod), &interface).await?;
             self.closed.remove(&owner);
         }
-        Ok(put.changes)
+        Ok(put.changes + limited)
     }
 
     pub(super) fn is_attached(&self, ifindex: u32) -> bool {

@@ -60,11 +60,12 @@ impl Policy {
 
 fn flags(config: &Config, pod: &Pod) -> u32 {
     let observe = if config.observe { flag::OBSERVE } else { 0 };
-    match pod.fast_path.unwrap_or(config.fast_path) {
+    let of_groups = match pod.fast_path.unwrap_or(config.fast_path) {
         FastPath::Off => flag::OFF,
         FastPath::SecurityGroups => flag::GROUPS,
         FastPath::All => observe,
-    }
+    };
+    of_groups | pod.bandwidth.flag()
 }
 
 impl Agent {
@@ -135,7 +136,9 @@ impl Agent {
             };
             let own = pod.ipv4.octets() == record.ipv4
                 && pod.ipv6.map_or([0; 16], |address| address.octets()) == record.ipv6;
-            own && (record.policy_id, record.flags) == self.policy.of(&self.config, record.owner, pod)
+            let (class, flags) = self.policy.of(&self.config, record.owner, pod);
+            // A limit that comes or goes is none of the groups' business.
+            own && record.policy_id == class && (record.flags ^ flags) & !flag::LIMITED == 0
         };
         let live = self.tables.pods().map(|live| live.record);
         live.filter(|record| !settled(record)).map(|record| (record.owner, record)).collect()

@@ -83,6 +83,7 @@ impl Agent {
             mac: pod.mac,
             ipv4: pod.ipv4,
             generation: pod.generation,
+            bandwidth: pod.bandwidth,
             error: self.faults.get(&owner).cloned().or(unattached),
         }
     }

@@ -147,7 +147,8 @@ impl Agent {
                 continue;
             };
             let Some(name) = InterfaceName::new(&interface) else { continue };
-            let parent = config::Parent { interface: name, xdp: Xdp::Guard, generic_xdp: false };
+            let parent =
+                config::Parent { interface: name, xdp: Xdp::Guard, generic_xdp: false, fair_queue: false };
             let ebpf = object::load_for_parent(&self.config, &parent, index, &self.pins, loader)?;
             orphans.insert(interface, Orphan { ifindex, ebpf });
         }

@@ -9,6 +9,7 @@ use super::text;
 use crate::{
     agent::asks::View,
     attachment::{Attachment, Extras, Route, is_container_id, sysctl_parts},
+    bandwidth::{Asked, Bandwidth},
     net::InterfaceName,
 };
 
@@ -67,6 +68,14 @@ pub(super) fn attachment(request: &AddRequest) -> Result<Attachment, Status> {
         .iter()
         .map(|sysctl| Ok((sysctl_parts(&sysctl.key, &name).map_err(invalid)?, sysctl.value.clone())));
     let sysctls = sysctls.collect::<Result<_, Status>>()?;
+    let asked = request.bandwidth.unwrap_or_default();
+    let asked = Asked {
+        ingress_rate: asked.ingress_rate,
+        ingress_burst: asked.ingress_burst,
+        egress_rate: asked.egress_rate,
+        egress_burst: asked.egress_burst,
+    };
+    let bandwidth = Bandwidth::new(&asked).map_err(|what| invalid(format!("bandwidth: {what}")))?;
     // A runtime that knows no pods is asked for containers.
     let or_container = |text: String| if text.is_empty() { container_id.clone() } else { text };
     Ok(Attachment {
@@ -77,6 +86,7 @@ pub(super) fn attachment(request: &AddRequest) -> Result<Attachment, Status> {
         interface,
         netns,
         mtu,
+        bandwidth,
         extras: Extras { routes, sysctls },
     })
 }

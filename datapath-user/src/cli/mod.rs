@@ -299,6 +299,7 @@ mod tests {
             mac: Mac([2, 0, 0, 0, 0, last]),
             ipv4: Ipv4Addr::new(10, 0, 0, last),
             generation: 1,
+            bandwidth: crate::bandwidth::Bandwidth::default(),
             error: None,
         }
     }

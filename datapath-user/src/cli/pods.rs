@@ -8,7 +8,7 @@ use super::{
     CliError, Node, Target, interface, print, print_json,
     table::{Align, Table},
 };
-use crate::{net::Mac, status::PodStatus, tables::Live};
+use crate::{bandwidth::Bandwidth, net::Mac, status::PodStatus, tables::Live};
 
 /// List the pods of this node and their sub-ENIs
 #[derive(Debug, clap::Args)]
@@ -28,6 +28,7 @@ struct Row {
     parent: String,
     host_interface: Option<String>,
     id: Option<u32>,
+    bandwidth: Option<Bandwidth>,
     ready: bool,
     error: Option<String>,
 }
@@ -73,6 +74,7 @@ fn known(node: &Node, pod: &PodStatus, live: Option<&Live>) -> Row {
         parent: pod.parent.clone(),
         host_interface: pod.host_interface.clone(),
         id: pod.id,
+        bandwidth: Some(pod.bandwidth),
         ready: complete && pod.error.is_none(),
         error: pod.error.clone().or_else(|| (pod.id.is_some() && !complete).then(missing)),
     }
@@ -89,6 +91,7 @@ fn unknown(node: &Node, Live { record, missing, .. }: &Live) -> Row {
         parent: node.parent_name(record),
         host_interface: Some(interface(record.ifindex)),
         id: Some(record.id),
+        bandwidth: None,
         ready: *missing == 0,
         error: Some("in the tables, but not in the agent's status".to_owned()),
     }
@@ -107,6 +110,7 @@ fn text(rows: &[Row], node: &Node) -> String {
         ("MAC", Align::Left),
         ("INTERFACE", Align::Left),
         ("ID", Align::Right),
+        ("IN/OUT", Align::Left),
         ("ERROR", Align::Left),
     ]);
     let dash = || "-".to_owned();
@@ -121,6 +125,7 @@ fn text(rows: &[Row], node: &Node) -> String {
             row.mac.clone(),
             row.host_interface.clone().unwrap_or_else(dash),
             row.id.map_or_else(dash, |id| id.to_string()),
+            row.bandwidth.map_or_else(dash, |bandwidth| bandwidth.to_string()),
             row.error.clone().unwrap_or_default(),
         ]);
     }

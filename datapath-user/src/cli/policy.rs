@@ -99,7 +99,7 @@ fn report(state: &PolicyState, tables: &LiveTables, only: Option<&str>) -> Resul
     // Pods of one class and setting are alike, to each other and to all others.
     let mut kinds: BTreeMap<(u32, u32), Vec<Known<'_>>> = BTreeMap::new();
     for (pod, record) in &known {
-        kinds.entry((record.policy_id, record.flags)).or_default().push((pod, record));
+        kinds.entry((record.policy_id, record.flags & !flag::LIMITED)).or_default().push((pod, record));
     }
     let names = |pods: &[Known<'_>]| pods.iter().map(|(pod, _)| pod.name.clone()).collect();
     let has = |pods: &[Known<'_>]| only.is_none_or(|only| pods.iter().any(|(pod, _)| pod.name == only));

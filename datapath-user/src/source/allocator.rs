@@ -20,6 +20,7 @@ use tokio::{
 use super::{Desired, Pod, Refused, State, owner_of, vlan_id};
 use crate::{
     attachment::Extras,
+    bandwidth::Bandwidth,
     ipam::{self, IpamError},
     net::InterfaceName,
     wiring,
@@ -353,6 +354,7 @@ fn pod(allocation: &Allocation, parents: &[String]) -> Result<Pod, String> {
         mtu: allocation.mtu,
         membership: Membership { groups, revision: allocation.security_groups_revision },
         fast_path: None,
+        bandwidth: Bandwidth::default(),
         extras: Extras::default(),
     };
     pod.check(parents).map_err(|(field, what)| format!("{field}: {what}"))?;

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use super::{Pod, Snapshot, State, Vip, vlan_id};
 use crate::{
     attachment::Extras,
+    bandwidth::{Asked, Bandwidth},
     config::FastPath,
     net::{InterfaceName, Mac, VlanId},
 };
@@ -135,6 +136,8 @@ struct PodEntry {
     security_groups_revision: u64,
     #[serde(default)]
     fast_path: Option<FastPath>,
+    #[serde(default)]
+    bandwidth: Option<Asked>,
 }
 
 #[derive(Clone, Copy, Default, Deserialize)]
@@ -207,6 +210,8 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
              `host_interface` either",
         ));
     }
+    let bandwidth = Bandwidth::new(&entry.bandwidth.unwrap_or_default())
+        .map_err(|what| Problem::new(format!("{at}.bandwidth"), what))?;
     let pod = Pod {
         uid: entry.uid,
         namespace: entry.namespace,
@@ -233,6 +238,7 @@ fn check(at: &str, entry: PodEntry, parents: &[&str]) -> Result<Pod, Problem> {
         mtu: entry.mtu,
         membership: Membership { groups: entry.security_groups, revision: entry.security_groups_revision },
         fast_path: entry.fast_path,
+        bandwidth,
         extras: Extras::default(),
     };
     pod.check(parents).map_err(|(field, what)| Problem::new(format!("{at}.{field}"), what))?;
@@ -463,6 +469,10 @@ mod tests {
             ("container_id", json!(null), "pods[1].container_id", "missing"),
             ("mtu", json!(100), "pods[1].mtu", "576"),
             ("vlna", json!(1), "pods[1]", "vlna"),
+            ("bandwidth", json!({"egress_rate": 10}), "pods[1].bandwidth", "egress rate: 10 bits"),
+            ("bandwidth", json!({"ingress_burst": 10}), "pods[1].bandwidth", "no rate"),
+            ("bandwidth", json!({"ingress": 10}), "pods[1].bandwidth", "ingress"),
+            ("bandwidth", json!({"egress_rate": "10M"}), "pods[1].bandwidth.egress_rate", "10M"),
         ] {
             let mut bad = pod(3);
             bad[field] = value;

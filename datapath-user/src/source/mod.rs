@@ -16,6 +16,7 @@ use ipnet::Ipv4Net;
 
 use crate::{
     attachment::{Attachment, Extras},
+    bandwidth::Bandwidth,
     config::FastPath,
     net::{InterfaceName, Mac, VlanId},
 };
@@ -100,6 +101,8 @@ pub struct Pod {
     pub membership: Membership,
     /// What holds for it in place of the node's setting.
     pub fast_path: Option<FastPath>,
+    /// Limits of its bandwidth.
+    pub bandwidth: Bandwidth,
     /// What the runtime wants besides.
     pub extras: Extras,
 }
@@ -186,8 +189,10 @@ impl Pod {
         self.container_id.is_empty() && self.netns.is_none() && self.host_interface.is_none()
     }
 
-    /// Takes in what the runtime asked for. It can lower the MTU, not raise it: the subnet's is the most that works.
+    /// Takes in what the runtime asked for. It can lower the MTU, not raise it: the subnet's is the most that works. Its limits of
+    /// bandwidth hold before those of the source.
     pub fn attach(&mut self, attachment: &Attachment) {
+        self.bandwidth = attachment.bandwidth.or(self.bandwidth);
         self.extras = attachment.extras.clone();
         self.mtu = attachment.mtu.map_or(self.mtu, |mtu| mtu.min(self.mtu));
     }
@@ -208,7 +213,7 @@ impl Pod {
             ifindex: 0,
             parent_ifindex,
             policy_id: 0,
-            flags: 0,
+            flags: self.bandwidth.flag(),
             ipv4: self.ipv4.octets(),
             gateway_ipv4: self.gateway.octets(),
             ipv6: self.ipv6.map_or([0; 16], |address| address.octets()),

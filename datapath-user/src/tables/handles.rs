@@ -15,7 +15,8 @@ use aya::{
     util::nr_cpus,
 };
 use datapath_common::abi::{
-    Admitted, Carried, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, PairKey,
+    Admitted, Carried, CounterRow, Endpoint, Flow, FlowKey, Fragment, FragmentKey, Limits as Bandwidth,
+    PairKey, Spent,
     maps::{self, SLOTS_PER_ENDPOINT, VLANS, VipKey},
     policy::{ClassGroups, Page, ProgramRow, VerdictRow},
 };
@@ -40,6 +41,7 @@ macro_rules! raw {
     )+ };
 }
 raw!(Endpoint, FlowKey, Flow, FragmentKey, Fragment, VipKey, CounterRow, Carried);
+raw!(Bandwidth, Spent);
 raw!(VerdictRow, ClassGroups, ProgramRow, Page, PairKey, Admitted);
 
 /// Handles to all maps.
@@ -60,6 +62,8 @@ pub struct Maps {
     counters: PerCpuArray<MapData, Raw<CounterRow>>,
     /// Where counters were carried over.
     carried: Option<HashMap<MapData, u32, Raw<Carried>>>,
+    limits: Array<MapData, Raw<Bandwidth>>,
+    spent: Array<MapData, Raw<Spent>>,
     /// Security groups.
     pub policy: PolicyMaps,
     cpus: usize,
@@ -202,6 +206,8 @@ impl Maps {
             frags: HashMap::create(maps::MAX_FRAGS, 0).map_err(failed(maps::FRAGS, make))?,
             counters: PerCpuArray::create(pods + 1, 0).map_err(failed(maps::COUNTERS, make))?,
             carried: None,
+            limits: Array::create(pods + 1, 0).map_err(failed(maps::LIMITS, make))?,
+            spent: Array::create(pods + 1, 0).map_err(failed(maps::SPENT, make))?,
             policy: PolicyMaps::create(limits)?,
             cpus: cpus()?,
         })
@@ -230,6 +236,8 @@ impl Maps {
             frags: typed(maps::FRAGS, open(maps::FRAGS)?)?,
             counters: typed(maps::COUNTERS, open(maps::COUNTERS)?)?,
             carried: None,
+            limits: typed(maps::LIMITS, open(maps::LIMITS)?)?,
+            spent: typed(maps::SPENT, open(maps::SPENT)?)?,
             policy: PolicyMaps::build(open)?,
             cpus: cpus()?,
         })
@@ -687,13 +695,60 @@ impl Maps {
         self.policy.forget(id)
     }
 
-    /// Forgets everything about an id: flows, admitted flows, fragments, marks, counters.
+    /// The limits of bandwidth of an id.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn limits(&self, id: u32) -> Result<Bandwidth, TablesError> {
+        self.limits.get(&id, 0).map(|raw| raw.0).map_err(failed(maps::LIMITS, "read"))
+    }
+
+    /// How far the limits of an id are used up.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn spent(&self, id: u32) -> Result<Spent, TablesError> {
+        self.spent.get(&id, 0).map(|raw| raw.0).map_err(failed(maps::SPENT, "read"))
+    }
+
+    /// Says how far the limits of an id are used up, as the kernel programs do.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be written.
+    pub fn set_spent(&mut self, id: u32, spent: &Spent) -> Result<(), TablesError> {
+        self.spent.set(id, Raw(*spent), 0).map_err(failed(maps::SPENT, "write"))
+    }
+
+    /// Limits an id. What changes begins anew, with the whole burst: at a lower rate than now what was spent would take ages
+    /// to be paid for. Returns whether anything changed.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read or written.
+    pub fn set_limits(&mut self, id: u32, wanted: &Bandwidth) -> Result<bool, TablesError> {
+        let known = self.limits(id)?;
+        if known == *wanted {
+            return Ok(false);
+        }
+        self.limits.set(id, Raw(*wanted), 0).map_err(failed(maps::LIMITS, "write"))?;
+        if (known.ingress, known.egress) != (wanted.ingress, wanted.egress) {
+            self.set_spent(id, &Spent::ZERO)?;
+        }
+        Ok(true)
+    }
+
+    /// Forgets everything about an id: flows, admitted flows, fragments, marks, limits, counters.
     ///
     /// # Errors
     ///
     /// When a map cannot be written.
     pub fn forget(&mut self, id: u32) -> Result<(), TablesError> {
         self.forget_flows(id)?;
+        self.limits.set(id, Raw(Bandwidth::ZERO), 0).map_err(failed(maps::LIMITS, "write"))?;
+        self.set_spent(id, &Spent::ZERO)?;
         self.reset_counters(id)
     }
 }

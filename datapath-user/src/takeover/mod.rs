@@ -127,8 +127,9 @@ pub enum TakeoverError {
 }
 
 /// What the agent alone writes, and cannot find out anew: copied once.
-const RECORDS: [&str; 3] = [maps::ENDPOINT, maps::POD_IF, maps::VIPS];
-/// What programs write. Marks come after what they announce.
+const RECORDS: [&str; 4] = [maps::ENDPOINT, maps::POD_IF, maps::VIPS, maps::LIMITS];
+/// What programs write. Marks come after what they announce. `SPENT` is not among them: where its layout differs, each pod has its
+/// burst once more.
 const MEMORIES: [&str; 5] = [maps::FLOWS, maps::FLOW_MARK, maps::FRAGS, maps::PAIRS, maps::PAIR_MARK];
 /// Of use only together. Where one differs all begin empty but the epoch, which flows refer to: then nothing can be judged, and
 /// everything takes the wire, until the source has spoken.

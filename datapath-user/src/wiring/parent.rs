@@ -35,6 +35,8 @@ pub struct ParentSpec {
     pub interface: String,
     /// The subnets of the pods behind it, with gateway and the gateway's MAC.
     pub gateways: Vec<(Ipv4Net, Ipv4Addr, [u8; 6])>,
+    /// Whether it gets a fair queue.
+    pub fair_queue: bool,
 }
 
 /// A prepared parent ENI.
@@ -46,6 +48,8 @@ pub struct Prepared {
     pub rxvlan_off: bool,
     /// What eniway holds changed on the node for this parent, for people to read.
     pub changes: Vec<String>,
+    /// Why it has not the fair queue that it shall have.
+    pub queue_fault: Option<String>,
 }
 
 /// Priority of the rule that sends a pod's packets to Services to the routes of this node's pods first.
@@ -90,10 +94,18 @@ pub async fn prepare(spec: &ParentSpec) -> Result<Prepared, WiringError> {
         changes.push(change(&format!("{name}: rxvlan off"), before.then_some("on")));
     }
 
+    let mut queue_fault = None;
+    if spec.fair_queue {
+        match netlink.set_fair_queue(&link).await {
+            Ok(before) => changes.push(change(&format!("{name}: fair queue (fq)"), before.as_deref())),
+            Err(error) => queue_fault = Some(format!("{error}; what is beyond a pod's limit is dropped")),
+        }
+    }
+
     if !spec.gateways.is_empty() {
         changes.extend(route_by_parent(&netlink, spec, &link).await?);
     }
-    Ok(Prepared { ifindex: link.index, rxvlan_off, changes })
+    Ok(Prepared { ifindex: link.index, rxvlan_off, changes, queue_fault })
 }
 
 fn change(what: &str, before: Option<&str>) -> String {
@@ -198,6 +210,7 @@ pub async fn restore(interface: &str) -> Result<(), WiringError> {
         netlink.delete_default_route(route).await?;
     }
     netlink.delete_own_neighbours(&link).await?;
+    netlink.reset_fair_queue(&link).await?;
     remove_dead_rules(&netlink).await
 }
 
@@ -243,10 +256,15 @@ mod tests {
             let before = netlink.source_rules().await.unwrap();
             let [a, b]: [Ipv4Net; 2] = ["10.1.16.0/22", "10.1.20.0/22"].map(|net| net.parse().unwrap());
             let gateway = |net: Ipv4Net| (net, net.hosts().next().unwrap(), MAC_OF_GATEWAY);
-            let one = ParentSpec { interface: "eth1".to_owned(), gateways: vec![gateway(a), gateway(b)] };
+            let one = ParentSpec {
+                interface: "eth1".to_owned(),
+                gateways: vec![gateway(a), gateway(b)],
+                fair_queue: false,
+            };
             let two = ParentSpec {
                 interface: "eth2".to_owned(),
                 gateways: vec![gateway("10.2.0.0/16".parse().unwrap())],
+                fair_queue: false,
             };
             let prepared = prepare(&one).await.unwrap();
             assert!(prepared.rxvlan_off);
@@ -279,7 +297,7 @@ mod tests {
             restore("eth2").await.unwrap();
             assert_eq!(netlink.source_rules().await.unwrap(), before);
 
-            let missing = ParentSpec { interface: "eth9".to_owned(), gateways: vec![] };
+            let missing = ParentSpec { interface: "eth9".to_owned(), gateways: vec![], fair_queue: false };
             let error = prepare(&missing).await.unwrap_err().to_string();
             assert!(error.contains("no interface eth9") && error.contains("eth1"), "{error}");
         });

@@ -42,6 +42,8 @@ pub struct Node {
     launcher: Vec<String>,
     environment: Vec<(String, String)>,
     allocator: bool,
+    /// Whether its plugin takes limits of bandwidth from the runtime; else they are for others of the chain.
+    pub limits: bool,
 }
 
 /// What the plugin said.
@@ -108,6 +110,7 @@ impl Node {
             launcher: Vec::new(),
             environment: Vec::new(),
             allocator: true,
+            limits: false,
         };
         let _ = fs::remove_dir_all(node.pin_dir());
         node.boot()?;
@@ -231,7 +234,8 @@ impl Node {
         self.path("run")
     }
 
-    fn pin_dir(&self) -> PathBuf {
+    /// Where its agent pins.
+    pub fn pin_dir(&self) -> PathBuf {
         Path::new("/sys/fs/bpf").join(format!("ewr-{}", self.name))
     }
 
@@ -397,7 +401,7 @@ impl Node {
         json!({
             "type": "eniway-cni",
             "agent": self.run_dir().join(SOCKET),
-            "capabilities": { "io.kubernetes.cri.pod-annotations": true }
+            "capabilities": { "io.kubernetes.cri.pod-annotations": true, "bandwidth": self.limits }
         })
     }
 

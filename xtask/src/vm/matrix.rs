@@ -20,8 +20,18 @@ use crate::{
 pub(crate) const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
 /// The test programs that run there.
-const TESTS: [&str; 9] =
-    ["abi", "load", "fixtures", "equivalence", "lab", "fabric", "agent", super::UPGRADES, "scenarios"];
+const TESTS: [&str; 10] = [
+    "abi",
+    "load",
+    "fixtures",
+    "equivalence",
+    "lab",
+    "fabric",
+    "agent",
+    super::UPGRADES,
+    "scenarios",
+    "bandwidth",
+];
 
 /// How many generated packets the comparison of host and kernel takes; elsewhere it takes more.
 const PACKETS: &str = "5000";
