@@ -89,4 +89,16 @@ mod tests {
         assert_eq!(set("10.0.0.0/8"), 64 << 16);
         assert_eq!(set("0.0.0.0/0"), 64 << 16);
     }
+
+    /// The node has an address in the subnet of its pods.
+    #[test]
+    fn neighbours_of_a_prefix_are_not_asked_for() {
+        let node: Ipv4Net = "10.1.16.11/32".parse().unwrap();
+        let words = host_dst_bits([node].iter());
+        let asked = |last| {
+            let (word, bit) = maps::host_dst_bit([10, 1, 16, last]);
+            words.get(&word).is_some_and(|bits| bits & bit != 0)
+        };
+        assert_eq!((0..=255).filter(|last| asked(*last)).collect::<Vec<u8>>(), [8, 9, 10, 11]);
+    }
 }
