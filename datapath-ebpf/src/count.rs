@@ -5,7 +5,7 @@ use datapath_common::{
     decide::Decision,
 };
 
-use crate::maps::COUNTERS;
+use crate::{ctx::Shot, maps::COUNTERS};
 
 /// What one counting adds.
 #[derive(Clone, Copy)]
@@ -38,4 +38,18 @@ pub fn count_decision(decision: &Decision<'_>, direction: Direction, load: Load)
     if let Some(remark) = decision.remark {
         count(decision.id(), direction, remark, load);
     }
+}
+
+/// Counts a decision that was carried out with this action, and gives it back. Without one the packet is dropped for what made
+/// it fail: a frame too short, or that the kernel had no memory to make writable.
+///
+/// Not one way that both take: of what was carried out, the compiler knows by heart which counter it is.
+#[inline(always)]
+pub fn counted<A: Shot>(action: Option<A>, decision: &Decision<'_>, direction: Direction, load: Load) -> A {
+    let Some(action) = action else {
+        count(decision.id(), direction, Outcome::Truncated, load);
+        return A::SHOT;
+    };
+    count_decision(decision, direction, load);
+    action
 }

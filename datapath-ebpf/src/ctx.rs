@@ -4,17 +4,13 @@ use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action, xdp_md},
     helpers::generated::{
         bpf_redirect, bpf_redirect_peer, bpf_skb_change_type, bpf_skb_pull_data, bpf_skb_set_tstamp,
-        bpf_skb_vlan_pop, bpf_skb_vlan_push, bpf_xdp_adjust_head, bpf_xdp_get_buff_len,
+        bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_skb_vlan_push, bpf_xdp_adjust_head, bpf_xdp_get_buff_len,
     },
     programs::{TcContext, XdpContext},
 };
-use datapath_common::{
-    abi::Outcome,
-    decide::Decision,
-    packet::{
-        Frame, Plain,
-        link::{TPID_8021Q, Tag},
-    },
+use datapath_common::packet::{
+    Frame, Plain,
+    link::{TPID_8021Q, Tag},
 };
 
 use crate::count::Load;
@@ -28,8 +24,8 @@ pub const XDP_PASS: u32 = xdp_action::XDP_PASS;
 /// What an XDP program says of a frame that ends here.
 pub const XDP_DROP: u32 = xdp_action::XDP_DROP;
 
-/// Where the Ethernet header has its MACs.
-const DST_MAC: usize = 0;
+/// Where the Ethernet header has its destination MAC.
+pub const DST_MAC: usize = 0;
 const SRC_MAC: usize = 6;
 const MACS: usize = 12;
 const TAG: usize = 4;
@@ -116,12 +112,16 @@ impl Skb {
         unsafe { (*self.0).ifindex }
     }
 
-    /// What the packet adds to a counter.
+    /// What the packet adds to a counter; `gso_size` is its [`Skb::gso_size`].
     #[inline(always)]
-    pub fn load_of(&self) -> Load {
-        // SAFETY: as above.
+    pub fn load_of(&self, gso_size: u32) -> Load {
+        let bytes = u64::from(self.len());
+        if gso_size == 0 {
+            return Load { packets: 1, bytes };
+        }
+        // SAFETY: as above. Who made the packet may not have counted them.
         let segments = unsafe { (*self.0).gso_segs };
-        Load { packets: if segments == 0 { 1 } else { u64::from(segments) }, bytes: u64::from(self.len()) }
+        Load { packets: if segments == 0 { 1 } else { u64::from(segments) }, bytes }
     }
 
     /// Payload of one segment in bytes, if this is a GSO packet; else 0.
@@ -150,12 +150,15 @@ impl Skb {
         unsafe { store(self.start(), self.end(), offset, bytes) }
     }
 
-    /// Sets the destination MAC.
+    /// Writes at `offset` by the kernel's hand, for what is rarely written. A program that writes packet memory itself begins
+    /// with code that unshares it, and TCP's own packets are shared (tc_cls_act_prologue, net/core/filter.c): 70 instructions
+    /// for each of them, written to or not.
     #[inline(always)]
-    pub fn set_dst_mac(&self, mac: [u8; 6]) -> Option<()> {
-        let [a, b, c, d, e, f] = mac;
-        self.store(DST_MAC, word(a, b, c, d))?;
-        self.store(DST_MAC + 4, u16::from_ne_bytes([e, f]))
+    pub fn store_by_call<const N: usize>(&self, offset: usize, bytes: &[u8; N]) -> Option<()> {
+        // SAFETY: the first pointer is the hook's argument, the other is to N bytes.
+        let result =
+            unsafe { bpf_skb_store_bytes(self.0, offset as u32, bytes.as_ptr().cast(), N as u32, 0) };
+        (result == 0).then_some(())
     }
 
     /// Sets the source MAC.
@@ -170,7 +173,26 @@ impl Skb {
     #[inline(always)]
     pub fn set_macs(&self, dst: [u8; 6], src: [u8; 6]) -> Option<()> {
         let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (dst, src);
-        self.store(DST_MAC, [word(a, b, c, d), word(e, f, g, h), word(i, j, k, l)])
+        let (start, end) = (self.start(), self.end());
+        if start + SRC_MAC + size_of_val(&src) > end {
+            return None;
+        }
+        // SAFETY: within packet memory, as just checked; see `Skb::store` and `Words`. A record has each MAC as a word and its
+        // half: written as such, nothing has to be shifted.
+        unsafe {
+            (*((start + DST_MAC) as *mut Words<u32>)).0 = word(a, b, c, d);
+            (*((start + DST_MAC + 4) as *mut Words<u16>)).0 = u16::from_ne_bytes([e, f]);
+            (*((start + SRC_MAC) as *mut Words<u32>)).0 = word(g, h, i, j);
+            (*((start + SRC_MAC + 4) as *mut Words<u16>)).0 = u16::from_ne_bytes([k, l]);
+        }
+        Some(())
+    }
+
+    /// Sets both MACs, as [`Skb::store_by_call`] does.
+    #[inline(always)]
+    pub fn set_macs_by_call(&self, dst: [u8; 6], src: [u8; 6]) -> Option<()> {
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (dst, src);
+        self.store_by_call(DST_MAC, &[a, b, c, d, e, f, g, h, i, j, k, l])
     }
 
     /// Takes the tag off.
@@ -227,17 +249,6 @@ impl Frame for Skb {
     }
 }
 
-/// The action, where carrying it out went well; else the packet is dropped for what made it fail: a frame too short, or
-/// that the kernel had no memory to make writable.
-#[inline(always)]
-pub fn or_truncated<A: Shot>(action: Option<A>, decision: &mut Decision<'_>) -> A {
-    action.unwrap_or_else(|| {
-        decision.outcome = Outcome::Truncated;
-        decision.remark = None;
-        A::SHOT
-    })
-}
-
 /// The action that drops a packet.
 pub trait Shot {
     /// Its number.
@@ -276,16 +287,19 @@ impl Buff {
         Self(ctx.ctx)
     }
 
+    /// Volatile: LLVM would carry the field from one block to another as the 32 bits that it is declared with, and the verifier
+    /// takes a pointer that is copied so for a number.
     #[inline(always)]
     fn start(&self) -> usize {
         // SAFETY: the pointer is the hook's argument; the verifier checks each field.
-        unsafe { (*self.0).data as usize }
+        unsafe { (&raw const (*self.0).data).read_volatile() as usize }
     }
 
+    /// As [`Buff::start`].
     #[inline(always)]
     fn end(&self) -> usize {
         // SAFETY: as above.
-        unsafe { (*self.0).data_end as usize }
+        unsafe { (&raw const (*self.0).data_end).read_volatile() as usize }
     }
 
     /// What the frame adds to a counter.
@@ -322,6 +336,12 @@ impl Frame for Buff {
     fn load<T: Plain>(&self, offset: usize) -> Option<T> {
         // SAFETY: `start..end` is this frame's memory.
         unsafe { load(self.start(), self.end(), offset) }
+    }
+
+    #[inline(always)]
+    fn holds(&self, len: u32) -> bool {
+        // The helper is for large frames only.
+        self.start() + len as usize <= self.end() || self.len() >= len
     }
 
     #[inline(always)]

@@ -10,12 +10,13 @@ use datapath_common::{
 };
 
 use crate::{
-    count::count_decision,
+    count::counted,
     ctx::{self, Skb, out_of},
     maps::Kernel,
 };
 
 #[classifier]
+#[inline(always)]
 pub fn eni_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag()) {
@@ -26,18 +27,16 @@ pub fn eni_egress(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn finish(skb: &Skb, mut decision: Decision<'_>) -> i32 {
+fn finish(skb: &Skb, decision: Decision<'_>) -> i32 {
     let (Outcome::Wire, Some(pod)) = (decision.outcome, decision.pod) else { return ctx::NEXT };
-    let load = skb.load_of();
-    let action = ctx::or_truncated(tag(skb, pod), &mut decision);
-    count_decision(&decision, Direction::Egress, load);
-    action
+    let load = skb.load_of(skb.gso_size());
+    counted(tag(skb, pod), &decision, Direction::Egress, load)
 }
 
 /// Tags the frame; one that was routed to another parent than its pod's moves there.
 #[inline(always)]
 fn tag(skb: &Skb, pod: &Endpoint) -> Option<i32> {
-    skb.set_macs(pod.gateway_mac, pod.wire_mac)?;
+    skb.set_macs_by_call(pod.gateway_mac, pod.wire_mac)?;
     skb.push_tag(pod.vid)?;
     if pod.parent_ifindex == skb.ifindex() {
         Some(ctx::NEXT)

@@ -11,12 +11,13 @@ use datapath_common::{
 };
 
 use crate::{
-    count::count_decision,
+    count::counted,
     ctx::{self, Skb, into_pod},
     maps::Kernel,
 };
 
 #[classifier]
+#[inline(always)]
 pub fn eni_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag()) {
@@ -31,28 +32,25 @@ pub fn eni_ingress(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn finish(skb: &Skb, mut decision: Decision<'_>) -> i32 {
-    let load = skb.load_of();
-    let action = act(skb, &mut decision);
-    count_decision(&decision, Direction::Ingress, load);
-    action
+fn finish(skb: &Skb, decision: Decision<'_>) -> i32 {
+    let load = skb.load_of(skb.gso_size());
+    counted(act(skb, &decision), &decision, Direction::Ingress, load)
 }
 
 #[inline(always)]
-fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
-    let action = match (decision.outcome, decision.pod) {
+fn act(skb: &Skb, decision: &Decision<'_>) -> Option<i32> {
+    match (decision.outcome, decision.pod) {
         (Outcome::Untagged, _) => Some(ctx::NEXT),
         (Outcome::Wire, Some(pod)) => deliver(skb, pod),
         (Outcome::HostReturn, Some(_)) => skb.pop_tag().map(|()| skb.accept()),
         _ => Some(ctx::SHOT),
-    };
-    ctx::or_truncated(action, decision)
+    }
 }
 
 #[inline(always)]
 fn deliver(skb: &Skb, pod: &Endpoint) -> Option<i32> {
     if !same_mac(pod.wire_mac, pod.mac) {
-        skb.set_dst_mac(pod.mac)?;
+        skb.store_by_call(ctx::DST_MAC, &pod.mac)?;
     }
     skb.pop_tag()?;
     Some(into_pod(pod.ifindex))

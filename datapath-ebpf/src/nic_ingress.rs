@@ -13,10 +13,11 @@ use crate::{
 };
 
 #[classifier]
+#[inline(always)]
 pub fn nic_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     let decision = limit::ingress(&Kernel, &skb, nic::ingress(&Kernel, skb.ifindex()));
-    count_decision(&decision, Direction::Ingress, skb.load_of());
+    count_decision(&decision, Direction::Ingress, skb.load_of(skb.gso_size()));
     match decision.outcome {
         Outcome::Wire => ctx::NEXT,
         _ => ctx::SHOT,

@@ -11,29 +11,31 @@ use datapath_common::{
 };
 
 use crate::{
-    count::{count, count_decision},
+    count::{count, counted},
     ctx::{self, Skb, into_pod, out_of},
     maps::Kernel,
 };
 
 #[classifier]
+#[inline(always)]
 pub fn pod_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
-    if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()) {
+    let gso_size = skb.gso_size();
+    if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex(), gso_size) {
         // Apart from the others, the common ways know all the rest by heart.
         return match decision.outcome {
             Outcome::Local => match (decision.pod, decision.to) {
                 (Some(pod), Some(to)) if limit::is_limited(Some(to)) => {
                     local_limited(&skb, pod, to, decision.remark)
                 }
-                _ => finish(&skb, Decision { outcome: Outcome::Local, ..decision }),
+                _ => finish(&skb, Decision { outcome: Outcome::Local, ..decision }, gso_size),
             },
-            Outcome::Wire => finish(&skb, Decision { outcome: Outcome::Wire, ..decision }),
-            _ => finish(&skb, decision),
+            Outcome::Wire => finish(&skb, Decision { outcome: Outcome::Wire, ..decision }, gso_size),
+            _ => finish(&skb, decision, gso_size),
         };
     }
     skb.pull();
-    finish_limited(&skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex(), skb.gso_size()))
+    finish_limited(&skb, decide_any(&Kernel, &skb, skb.tag(), skb.ifindex(), gso_size))
 }
 
 /// As [`finish_limited`], to a pod with a limit: a function of its own, to leave the registers to those without.
@@ -49,23 +51,23 @@ fn finish_limited(skb: &Skb, decision: Decision<'_>) -> i32 {
     if at != limit::AT_ONCE {
         skb.leave_at(at);
     }
-    finish(skb, decision)
+    let gso_size = skb.gso_size();
+    finish(skb, decision, gso_size)
 }
 
 #[inline(always)]
-fn finish(skb: &Skb, mut decision: Decision<'_>) -> i32 {
-    let load = skb.load_of();
-    let action = act(skb, &mut decision);
-    count_decision(&decision, Direction::Egress, load);
-    if let Some(to) = decision.to {
+fn finish(skb: &Skb, decision: Decision<'_>, gso_size: u32) -> i32 {
+    let load = skb.load_of(gso_size);
+    let action = act(skb, &decision);
+    if let (Some(_), Some(to)) = (action, decision.to) {
         count(to.id, Direction::Ingress, decision.outcome, load);
     }
-    action
+    counted(action, &decision, Direction::Egress, load)
 }
 
 #[inline(always)]
-fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
-    let action = match (decision.outcome, decision.pod, decision.to) {
+fn act(skb: &Skb, decision: &Decision<'_>) -> Option<i32> {
+    match (decision.outcome, decision.pod, decision.to) {
         (Outcome::Wire, Some(pod), _) => {
             skb.set_macs(pod.gateway_mac, pod.wire_mac).and_then(|()| to_wire(skb, pod))
         }
@@ -78,8 +80,7 @@ fn act(skb: &Skb, decision: &mut Decision<'_>) -> i32 {
         }
         (Outcome::ArpAnswered, Some(pod), _) => answer_arp(skb, pod),
         _ => Some(ctx::SHOT),
-    };
-    ctx::or_truncated(action, decision)
+    }
 }
 
 #[inline(always)]

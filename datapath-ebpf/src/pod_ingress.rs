@@ -16,6 +16,7 @@ use crate::{
 };
 
 #[classifier]
+#[inline(always)]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex()) {
@@ -27,7 +28,7 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn finish(skb: &Skb, decision: Decision<'_>) -> i32 {
-    count_decision(&decision, Direction::Ingress, skb.load_of());
+    count_decision(&decision, Direction::Ingress, skb.load_of(skb.gso_size()));
     match decision.outcome {
         Outcome::Host => ctx::NEXT,
         _ => ctx::SHOT,

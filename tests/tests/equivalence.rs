@@ -281,15 +281,16 @@ fn expect(constants: Constants, node: &MemoryTables, case: &Case) -> Expected {
     let Case { hook, ref frame, tag, ifindex, gso_size, .. } = *case;
     let bytes = frame.as_slice();
     let mut won = false;
+    // By the parsers for everything: the programs ask `decide_plain` first, which must say the same.
     let decision = match hook {
         Hook::EniXdp => eni_ingress::admit(node, bytes, None, |pod, ip| {
             won = constants.xdp == Xdp::Redirect && ip.proto != ipv4::TCP && ip.part == Part::Whole;
             won.then(|| eni_ingress::route(node, pod, ip))
         }),
-        Hook::EniIngress => eni_ingress::decide(node, bytes, tag),
-        Hook::EniEgress => eni_egress::decide(node, bytes, tag),
-        Hook::PodEgress => pod_egress::decide(node, bytes, tag, ifindex, gso_size),
-        Hook::PodIngress => pod_ingress::decide(node, bytes, tag, ifindex),
+        Hook::EniIngress => eni_ingress::decide_any(node, bytes, tag),
+        Hook::EniEgress => eni_egress::decide_any(node, bytes, tag),
+        Hook::PodEgress => pod_egress::decide_any(node, bytes, tag, ifindex, gso_size),
+        Hook::PodIngress => pod_ingress::decide_any(node, bytes, tag, ifindex),
         Hook::NicIngress => nic::ingress(node, ifindex),
         Hook::NicEgress => nic::egress(node, bytes, tag, ifindex),
     };

@@ -48,16 +48,16 @@ pub struct Endpoint {
     pub ipv6: [u8; 16],
     /// The subnet's IPv6 gateway; all zero = none.
     pub gateway_ipv6: [u8; 16],
-    /// The sub-ENI's MAC, which the pod's interface carries.
+    /// The sub-ENI's MAC, which the pod's interface carries. MACs stand at multiples of four and are read as two words.
     pub mac: [u8; 6],
-    /// The pod's MAC on the wire: its own, or the parent's for clouds that do it so.
-    pub wire_mac: [u8; 6],
-    /// The gateway's MAC: destination of everything that leaves on the wire.
-    pub gateway_mac: [u8; 6],
     /// VLAN id on the parent, 1 to 4094.
     pub vid: u16,
+    /// The pod's MAC on the wire: its own, or the parent's for clouds that do it so.
+    pub wire_mac: [u8; 6],
     /// IP MTU of the pod's interface, in bytes.
     pub mtu: u16,
+    /// The gateway's MAC: destination of everything that leaves on the wire.
+    pub gateway_mac: [u8; 6],
     /// Index of the parent, the upper part of an index into map `SUBENI`.
     pub parent: u16,
 }
@@ -70,8 +70,8 @@ const _: () = {
     assert!(offset_of!(Endpoint, ipv4) == 32);
     assert!(offset_of!(Endpoint, ipv6) == 40);
     assert!(offset_of!(Endpoint, mac) == 72);
-    assert!(offset_of!(Endpoint, gateway_mac) == 84);
-    assert!(offset_of!(Endpoint, vid) == 90);
+    assert!(offset_of!(Endpoint, wire_mac) == 80);
+    assert!(offset_of!(Endpoint, gateway_mac) == 88);
     assert!(offset_of!(Endpoint, parent) == 94);
 };
 

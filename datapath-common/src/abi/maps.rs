@@ -111,7 +111,7 @@ pub const DIRECT: u32 = 1 << 16;
 /// Entry of `POD_IF_DIRECT` and `POD_IP4_DIRECT`: more than one pod has, or had, a key with these low 16 bits.
 pub const SHARED: u32 = u32::MAX;
 /// Entries of `HOST_DST_BITS`.
-pub const HOST_DST_WORDS: u32 = (1 << 16) / u64::BITS;
+pub const HOST_DST_WORDS: u32 = 1 << 16;
 /// Parent ENIs that a node may have.
 pub const MAX_PARENTS: u32 = 8;
 /// Pods that a node may have unless configured otherwise.
@@ -139,12 +139,12 @@ pub const fn direct_ipv4(address: [u8; 4]) -> u32 {
     u32::from_be_bytes(address) % DIRECT
 }
 
-/// The entry and the bit of `HOST_DST_BITS` for an address: by its second and third byte, so that the entries of one
-/// subnet, and no others, are asked for in `HOST_DST`.
+/// The entry and the bit of `HOST_DST_BITS` for an address: an entry for each second and third byte, and in it a bit for
+/// four addresses. The node's own address is in the subnet of its pods: they do not share its bit, or few of them do.
 #[inline(always)]
 pub const fn host_dst_bit(address: [u8; 4]) -> (u32, u64) {
-    let subnet = (u32::from_be_bytes(address) >> 8) % (HOST_DST_WORDS * u64::BITS);
-    (subnet / u64::BITS, 1 << (subnet % u64::BITS))
+    let subnet = (u32::from_be_bytes(address) >> 8) % HOST_DST_WORDS;
+    (subnet, 1 << (address[3] >> 2))
 }
 
 /// Flags of `HOST_DST`.

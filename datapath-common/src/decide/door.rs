@@ -114,7 +114,7 @@ pub(super) fn arrival<T: Tables>(
 /// The VPC knows such a flow, and judges it only as long as it sees both directions.
 #[inline(always)]
 pub(super) fn stays_on_the_wire<T: Tables>(tables: &T, to: &Endpoint, ip: &Ipv4) -> bool {
-    if matches!(ip.l4.role, Role::Opens | Role::Either) || !tables.marked(to.id) {
+    if !tables.marked(to.id) || matches!(ip.l4.role, Role::Opens | Role::Either) {
         return false;
     }
     let known = recall(tables, &inbound_key(to, ip));

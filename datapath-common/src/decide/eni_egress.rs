@@ -37,8 +37,9 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     if tag.is_some() {
         return Some(NOT_OURS);
     }
-    let plain::Packet { ip, .. } = plain::parse::<0, _>(frame)?;
-    Some(tagged(tables, &ip))
+    let packet = plain::parse::<0, _>(frame)?;
+    let Some(pod) = tables.pod_by_ipv4(packet.src) else { return Some(NOT_OURS) };
+    Some(tagged(tables, pod, &packet.ip::<0, _>(frame)?))
 }
 
 /// As [`decide`], for every frame without a tag beside it.
@@ -53,13 +54,12 @@ pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
         return NOT_OURS;
     }
     let Ok(ip) = ipv4::parse(frame, link.header_len) else { return NOT_OURS };
-    tagged(tables, &ip)
+    let Some(pod) = tables.pod_by_ipv4(ip.src) else { return NOT_OURS };
+    tagged(tables, pod, &ip)
 }
 
-/// Whose packet it is.
 #[inline(always)]
-fn tagged<'t, T: Tables>(tables: &'t T, ip: &Ipv4) -> Decision<'t> {
-    let Some(pod) = tables.pod_by_ipv4(ip.src) else { return NOT_OURS };
+fn tagged<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4) -> Decision<'t> {
     remember(tables, pod, ip);
     Decision::new(Outcome::Wire, pod)
 }

@@ -42,7 +42,22 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     if tag.tpid != link::TPID_8021Q {
         return None;
     }
-    plain_for::<0, _, _>(tables, frame, tag, |pod, ip| Some(route(tables, pod, ip)))
+    plain_for::<0, _, _>(tables, frame, tag, |pod, packet| plain_route::<0, _, _>(tables, frame, pod, packet))
+}
+
+/// As [`route`]; of a packet for a pod that remembers nothing, the rest is read only where the reply would not take the wire.
+/// `None` where it cannot be read.
+#[inline(always)]
+pub fn plain_route<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
+    tables: &'t T,
+    frame: &F,
+    pod: &'t Endpoint,
+    packet: &plain::Packet,
+) -> Option<Decision<'t>> {
+    if !tables.marked(pod.id) && matches!(reply_door(tables, packet.src), Door::Wire) {
+        return Some(Decision::new(Outcome::Wire, pod));
+    }
+    Some(route(tables, pod, &packet.ip::<TAG, _>(frame)?))
 }
 
 /// As [`decide`] but for limits, for every frame.
@@ -56,15 +71,22 @@ pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
 }
 
 /// As [`admit`], where the tag is in the frame and the packet is plain and for its pod, or its pod is unknown; else `None`.
+/// What `route` leaves open is left open.
 #[inline(always)]
 pub fn admit_plain<'t, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
     frame: &F,
-    route: impl FnOnce(&'t Endpoint, &Ipv4) -> Option<Decision<'t>>,
+    route: impl FnOnce(&'t Endpoint, &plain::Packet) -> Option<Decision<'t>>,
 ) -> Option<Decision<'t>> {
     let [tpid, tci]: [[u8; 2]; 2] = frame.load(link::UNTAGGED_LEN - 2)?;
     let tag = Tag { tpid: u16::from_be_bytes(tpid), tci: u16::from_be_bytes(tci) };
     if tag.tpid == link::TPID_8021Q { plain_for::<4, _, _>(tables, frame, tag, route) } else { None }
+}
+
+/// What is said of a packet that the pod may have.
+#[inline(always)]
+pub const fn admitted(pod: &Endpoint) -> Decision<'_> {
+    Decision::new(Outcome::Wire, pod)
 }
 
 /// Decides where VLAN, MAC and address belong together, or where nobody has the VLAN id.
@@ -73,11 +95,11 @@ fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
     frame: &F,
     tag: Tag,
-    route: impl FnOnce(&'t Endpoint, &Ipv4) -> Option<Decision<'t>>,
+    route: impl FnOnce(&'t Endpoint, &plain::Packet) -> Option<Decision<'t>>,
 ) -> Option<Decision<'t>> {
-    let plain::Packet { ip, .. } = plain::parse::<TAG, _>(frame)?;
     let vid = tag.tci & link::VID;
-    if vid == 0 {
+    // Not a second tag.
+    if vid == 0 || frame.load::<u16>(link::UNTAGGED_LEN + TAG - 2)? != packet::IPV4.to_be() {
         return None;
     }
     let Some(pod) = tables.endpoint(tables.subeni(vid)) else {
@@ -86,8 +108,9 @@ fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     if limit::is_limited(Some(pod)) {
         return None;
     }
-    if same_mac(frame.load(0)?, pod.wire_mac) && same(ip.dst, pod.ipv4) && !same(ip.src, pod.ipv4) {
-        Some(route(pod, &ip).unwrap_or(Decision::new(Outcome::Wire, pod)))
+    let packet = plain::parse::<TAG, _>(frame)?;
+    if same_mac(frame.load(0)?, pod.wire_mac) && same(packet.dst, pod.ipv4) && !same(packet.src, pod.ipv4) {
+        route(pod, &packet)
     } else {
         None
     }

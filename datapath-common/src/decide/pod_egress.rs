@@ -55,14 +55,46 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     if limit::is_limited(Some(pod)) {
         return None;
     }
-    let plain::Packet { src_mac, ip } = plain::parse::<0, _>(frame)?;
-    if !same_mac(src_mac, pod.mac) {
+    let packet = plain::parse::<0, _>(frame)?;
+    if !same_mac(packet.src_mac, pod.mac) {
         return None;
     }
-    if let Some(reason) = refused(pod, &ip) {
+    if let Some(reason) = wrong_address(pod, packet.src, packet.dst) {
         return Some(Decision::new(reason, pod));
     }
-    Some(route(tables, pod, &ip, size(frame, link::UNTAGGED_LEN, &ip, gso_size)))
+    if packet.proto == UDP && answers_dhcp(packet.ports::<0, _>(frame)?) {
+        return Some(Decision::new(Outcome::DhcpServer, pod));
+    }
+    // What follows is `route`, and reads the rest of the packet only where that is asked for.
+    let marked = tables.marked(pod.id);
+    let to = if marked { None } else { tables.pod_by_ipv4(packet.dst) };
+    match to {
+        Some(to) if gso_size == 0 && plainly_local(tables, pod, to, ip_len(frame, link::UNTAGGED_LEN)) => {
+            return Some(Decision { to: Some(to), ..Decision::new(Outcome::Local, pod) });
+        }
+        None if !marked => {
+            let outcome = match tables.host_dst(packet.dst) {
+                0 => Outcome::Wire,
+                flags => by_flags(tables, flags, &packet.ip::<0, _>(frame)?, false),
+            };
+            return Some(Decision::new(outcome, pod));
+        }
+        _ => {}
+    }
+    let ip = packet.ip::<0, _>(frame)?;
+    let remembered = if marked { remembered(tables, pod, &ip) } else { None };
+    let to = || if marked { tables.pod_by_ipv4(ip.dst) } else { to };
+    Some(choose(tables, pod, &ip, size(frame, link::UNTAGGED_LEN, &ip, gso_size), remembered, to))
+}
+
+/// Whether [`local`] says "local", and notes nothing, of any packet of `size` bytes: for reasons that are cheap to look at.
+#[inline(always)]
+fn plainly_local<T: Tables>(tables: &T, pod: &Endpoint, to: &Endpoint, size: u32) -> bool {
+    tables.fast_path()
+        && to.id != pod.id
+        && size <= u32::from(to.mtu)
+        && !tables.marked(to.id)
+        && policy::plainly_open(tables, pod, to)
 }
 
 /// As [`decide`] but for limits, for every frame.
@@ -97,7 +129,12 @@ pub fn decide_any<'t, T: Tables, F: Frame + ?Sized>(
 /// The length in bytes of the largest IP packet that the frame stands for.
 #[inline(always)]
 fn size<F: Frame + ?Sized>(frame: &F, link_len: usize, ip: &Ipv4, gso_size: u32) -> u32 {
-    if gso_size == 0 { frame.len() - link_len as u32 } else { gso_size + ip.header_len + ip.l4.header_len }
+    if gso_size == 0 { ip_len(frame, link_len) } else { gso_size + ip.header_len + ip.l4.header_len }
+}
+
+#[inline(always)]
+fn ip_len<F: Frame + ?Sized>(frame: &F, link_len: usize) -> u32 {
+    frame.len() - link_len as u32
 }
 
 /// What leaves a pod carries no tag and the pod's MAC.
@@ -148,15 +185,10 @@ pub(super) fn own_ipv4<F: Frame + ?Sized>(pod: &Endpoint, frame: &F, link: &Link
 /// Why the pod may not send this packet.
 #[inline(always)]
 fn refused(pod: &Endpoint, ip: &Ipv4) -> Option<Outcome> {
-    const DHCP_SERVER: u16 = 67;
-    const DHCP_CLIENT: u16 = 68;
-    if !same(ip.src, pod.ipv4) {
-        return Some(Outcome::SourceAddress);
+    if let Some(reason) = wrong_address(pod, ip.src, ip.dst) {
+        return Some(reason);
     }
-    if ipv4::is_multicast(ip.dst) {
-        return Some(Outcome::Multicast);
-    }
-    if ip.proto == UDP && ip.l4.src_port == DHCP_SERVER && ip.l4.dst_port == DHCP_CLIENT {
+    if ip.proto == UDP && answers_dhcp((ip.l4.src_port, ip.l4.dst_port)) {
         return Some(Outcome::DhcpServer);
     }
     if ip.proto == ICMP && ip.l4.icmp_type == l4::REDIRECT {
@@ -168,11 +200,43 @@ fn refused(pod: &Endpoint, ip: &Ipv4) -> Option<Outcome> {
     None
 }
 
+#[inline(always)]
+fn wrong_address(pod: &Endpoint, src: [u8; 4], dst: [u8; 4]) -> Option<Outcome> {
+    if !same(src, pod.ipv4) {
+        Some(Outcome::SourceAddress)
+    } else if ipv4::is_multicast(dst) {
+        Some(Outcome::Multicast)
+    } else {
+        None
+    }
+}
+
+/// Whether UDP from the first port to the second is what a DHCP server sends.
+#[inline(always)]
+fn answers_dhcp(ports: (u16, u16)) -> bool {
+    const SERVER: u16 = 67;
+    const CLIENT: u16 = 68;
+    ports == (SERVER, CLIENT)
+}
+
 /// Chooses the door: the remembered one, else by destination. `size` is the length in bytes of the largest IP packet that
 /// the frame stands for.
 #[inline(always)]
 fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) -> Decision<'t> {
     let remembered = if tables.marked(pod.id) { remembered(tables, pod, ip) } else { None };
+    choose(tables, pod, ip, size, remembered, || tables.pod_by_ipv4(ip.dst))
+}
+
+/// The same, when the remembered door is known; `to` says which pod of the node the packet is for.
+#[inline(always)]
+fn choose<'t, T: Tables>(
+    tables: &'t T,
+    pod: &'t Endpoint,
+    ip: &Ipv4,
+    size: u32,
+    remembered: Option<Door>,
+    to: impl FnOnce() -> Option<&'t Endpoint>,
+) -> Decision<'t> {
     let outcome = match remembered {
         // A later fragment of what went to a destination of the host's own is no reply.
         Some(Door::Host)
@@ -183,7 +247,7 @@ fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) 
         Some(Door::Host) => Outcome::Host,
         Some(Door::Wire) => Outcome::Wire,
         // Fragments only: no flow is remembered by this door.
-        Some(Door::Local) => match tables.pod_by_ipv4(ip.dst) {
+        Some(Door::Local) => match to() {
             Some(to) if policy::may_follow(tables, pod, to) => {
                 return Decision { to: Some(to), ..Decision::new(Outcome::Local, pod) };
             }
@@ -191,7 +255,7 @@ fn route<'t, T: Tables>(tables: &'t T, pod: &'t Endpoint, ip: &Ipv4, size: u32) 
         },
         None => {
             let later = matches!(ip.part, Part::Later);
-            if let Some(to) = tables.pod_by_ipv4(ip.dst) {
+            if let Some(to) = to() {
                 if !later {
                     return local(tables, pod, to, ip, size);
                 }
@@ -259,7 +323,11 @@ fn local<'t, T: Tables>(
 /// address of a load balancer from the node's own: it takes the wire.
 #[inline(always)]
 fn by_destination<T: Tables>(tables: &T, ip: &Ipv4, later: bool) -> Outcome {
-    let flags = tables.host_dst(ip.dst);
+    by_flags(tables, tables.host_dst(ip.dst), ip, later)
+}
+
+#[inline(always)]
+fn by_flags<T: Tables>(tables: &T, flags: u32, ip: &Ipv4, later: bool) -> Outcome {
     if flags & host_dst::DENY != 0 {
         Outcome::DeniedDestination
     } else if flags & host_dst::HOST != 0 && !later && !tables.is_vip(ip.dst, ip.l4.dst_port, ip.l4.proto) {

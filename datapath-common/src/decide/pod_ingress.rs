@@ -46,8 +46,12 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     if limit::is_limited(Some(pod)) {
         return None;
     }
-    let plain::Packet { ip, .. } = plain::parse::<0, _>(frame)?;
-    same(ip.dst, pod.ipv4).then(|| deliver(tables, pod, &ip))
+    let packet = plain::parse::<0, _>(frame)?;
+    if !same(packet.dst, pod.ipv4) {
+        return None;
+    }
+    let ip = packet.ip::<0, _>(frame)?;
+    Some(deliver(tables, pod, &ip))
 }
 
 /// As [`decide`] but for limits, for every frame.

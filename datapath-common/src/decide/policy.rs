@@ -63,6 +63,13 @@ pub(super) fn rule<T: Tables>(tables: &T, pod: &Endpoint, to: &Endpoint, ip: &Ip
     Ruling { fast: true, remark: Some(would) }
 }
 
+/// Whether [`rule`] says "fast", and keeps no state, of any packet from `pod` to `to`.
+#[inline(always)]
+pub(super) fn plainly_open<T: Tables>(tables: &T, pod: &Endpoint, to: &Endpoint) -> bool {
+    let flags = pod.flags | to.flags;
+    flags == 0 || flags == flag::GROUPS && verdict(tables, pod.policy_id, to.policy_id) == Verdict::Open as u8
+}
+
 /// Whether a later fragment may follow its first one, which was judged in this epoch: a pod may have come in the place of
 /// the one that was meant.
 #[inline(always)]

@@ -20,6 +20,11 @@ pub trait Frame {
     fn load<T: Plain>(&self, offset: usize) -> Option<T>;
     /// The frame's length in bytes.
     fn len(&self) -> u32;
+    /// Whether the frame is at least so many bytes long.
+    #[inline(always)]
+    fn holds(&self, len: u32) -> bool {
+        self.len() >= len
+    }
 }
 
 /// A type that any bytes are a valid value of.
@@ -35,6 +40,8 @@ unsafe impl<const N: usize> Plain for [u8; N] {}
 unsafe impl Plain for u16 {}
 // SAFETY: an integer.
 unsafe impl Plain for u32 {}
+// SAFETY: arrays of integers.
+unsafe impl<const N: usize> Plain for [u16; N] {}
 // SAFETY: arrays of integers.
 unsafe impl<const N: usize> Plain for [u32; N] {}
 // SAFETY: arrays of arrays of bytes.

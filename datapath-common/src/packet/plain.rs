@@ -1,6 +1,7 @@
 //! The packet that nearly all packets are: a whole IPv4 datagram without options that carries TCP or UDP.
 //!
-//! Its headers stand at fixed places, so they are read at once and cost a fraction of what the parsers for everything cost.
+//! Its headers stand at fixed places, so they are read at once and cost a fraction of what the parsers for everything cost;
+//! and addresses are nearly always all that decides, so what only a flow's memory and security groups ask for is read later.
 //! What is not plain goes to those; what is plain reads the same by both (`tests::plain_agrees_with_the_parsers`).
 
 use super::{
@@ -13,6 +14,8 @@ use super::{
 const START: usize = 6;
 const ETHERNET: usize = 14;
 const IPV4_LEN: u32 = 20;
+const TCP_LEN: u32 = 20;
+const UDP_LEN: u32 = 8;
 /// Version 4, five words.
 const VERSION_AND_LENGTH: u8 = 0x45;
 /// "More fragments" and the offset: all but the bits "reserved" and "don't fragment".
@@ -26,18 +29,17 @@ struct Start {
     src_mac_end: u16,
     ethertype: u16,
     version_and_length: u8,
-    service: u8,
+    _service: u8,
     total_len: u16,
-    ident: u16,
+    _ident: u16,
     fragment: u16,
-    ttl: u8,
+    _ttl: u8,
     proto: u8,
-    checksum: u16,
+    _checksum: u16,
     src: u32,
     dst: u32,
-    src_port: u16,
-    dst_port: u16,
-    rest: u32,
+    _ports: u32,
+    _rest: u32,
 }
 
 // SAFETY: #[repr(C)], integers whose offsets are multiples of their sizes, no padding.
@@ -59,14 +61,20 @@ struct TcpRest {
 unsafe impl Plain for TcpRest {}
 const _: () = assert!(size_of::<TcpRest>() == 8);
 const TCP_REST: usize = 46;
+const IDENT: usize = 18;
+const PORTS: usize = 34;
 
-/// A plain packet.
+/// A plain packet: what nearly all decisions need of it. [`Packet::ip`] reads the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// Source MAC; without meaning in a tagged frame.
     pub src_mac: [u8; 6],
-    /// The packet.
-    pub ip: Ipv4,
+    /// Source address.
+    pub src: [u8; 4],
+    /// Destination address.
+    pub dst: [u8; 4],
+    /// Protocol number: TCP or UDP.
+    pub proto: u8,
 }
 
 #[inline(always)]
@@ -85,40 +93,51 @@ pub fn parse<const TAG: usize, F: Frame + ?Sized>(frame: &F) -> Option<Packet> {
     {
         return None;
     }
-    let total_len = u32::from(u16::from_be(start.total_len));
-    if frame.len() < total_len + (ETHERNET + TAG) as u32 {
-        return None;
-    }
-    let (role, ends, header_len) = match start.proto {
-        TCP => {
-            let tcp: TcpRest = frame.load(TCP_REST + TAG)?;
-            (l4::tcp_role(tcp.flags), l4::tcp_ends(tcp.flags), u32::from(tcp.data_offset >> 4) * 4)
-        }
-        UDP => (Role::Either, 0, 8),
+    let least = match start.proto {
+        TCP => IPV4_LEN + TCP_LEN,
+        UDP => IPV4_LEN + UDP_LEN,
         _ => return None,
     };
-    let least = if start.proto == TCP { IPV4_LEN + 20 } else { IPV4_LEN + 8 };
-    if total_len < least {
+    let total_len = u32::from(u16::from_be(start.total_len));
+    if total_len < least || !frame.holds(total_len + (ETHERNET + TAG) as u32) {
         return None;
     }
     Some(Packet {
         src_mac: mac(start.src_mac, start.src_mac_end),
-        ip: Ipv4 {
-            src: start.src.to_ne_bytes(),
-            dst: start.dst.to_ne_bytes(),
-            proto: start.proto,
-            ident: u16::from_be(start.ident),
+        src: start.src.to_ne_bytes(),
+        dst: start.dst.to_ne_bytes(),
+        proto: start.proto,
+    })
+}
+
+impl Packet {
+    /// Source and destination port, read from the same `frame`.
+    #[inline(always)]
+    pub fn ports<const TAG: usize, F: Frame + ?Sized>(&self, frame: &F) -> Option<(u16, u16)> {
+        let [src, dst]: [u16; 2] = frame.load(PORTS + TAG)?;
+        Some((u16::from_be(src), u16::from_be(dst)))
+    }
+
+    /// All that decisions may need, read from the same `frame`; `None` where the frame's first piece of memory ends before
+    /// the TCP header does.
+    #[inline(always)]
+    pub fn ip<const TAG: usize, F: Frame + ?Sized>(&self, frame: &F) -> Option<Ipv4> {
+        let (role, ends, header_len) = if self.proto == TCP {
+            let tcp: TcpRest = frame.load(TCP_REST + TAG)?;
+            (l4::tcp_role(tcp.flags), l4::tcp_ends(tcp.flags), u32::from(tcp.data_offset >> 4) * 4)
+        } else {
+            (Role::Either, 0, UDP_LEN)
+        };
+        let (src_port, dst_port) = self.ports::<TAG, F>(frame)?;
+        let ident: u16 = frame.load(IDENT + TAG)?;
+        Some(Ipv4 {
+            src: self.src,
+            dst: self.dst,
+            proto: self.proto,
+            ident: u16::from_be(ident),
             part: Part::Whole,
             header_len: IPV4_LEN,
-            l4: L4 {
-                src_port: u16::from_be(start.src_port),
-                dst_port: u16::from_be(start.dst_port),
-                proto: start.proto,
-                header_len,
-                role,
-                ends,
-                ..L4::NONE
-            },
-        },
-    })
+            l4: L4 { src_port, dst_port, proto: self.proto, header_len, role, ends, ..L4::NONE },
+        })
+    }
 }

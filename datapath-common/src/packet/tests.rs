@@ -285,7 +285,11 @@ proptest! {
             _ => None,
         };
         if let Some(plain) = plain {
-            prop_assert_eq!(Some(plain.ip), parsed);
+            let ip = if tagged { plain.ip::<4, _>(frame) } else { plain.ip::<0, _>(frame) };
+            prop_assert_eq!(ip, parsed);
+            prop_assert_eq!((plain.src, plain.dst, plain.proto), parsed.map(|ip| (ip.src, ip.dst, ip.proto)).unwrap());
+            let ports = if tagged { plain.ports::<4, _>(frame) } else { plain.ports::<0, _>(frame) };
+            prop_assert_eq!(ports, parsed.map(|ip| (ip.l4.src_port, ip.l4.dst_port)));
             prop_assert_eq!(Some(plain.src_mac), frame.load(if tagged { 10 } else { 6 }));
         } else if let Some(ip) = parsed {
             prop_assert!(ip.header_len != 20 || ip.part != Part::Whole || ![6, 17].contains(&ip.proto), "{:?}", ip);

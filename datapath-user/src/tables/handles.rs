@@ -498,7 +498,8 @@ impl Maps {
             wanted.iter().map(|(net, flags)| (net.trunc(), *flags)).collect();
         let known = self.host_dsts()?;
         // The programs ask about every address that a prefix holds, before it comes and until it is gone.
-        self.set_host_dst_bits(&direct::host_dst_bits(known.keys().chain(wanted.keys())))?;
+        let both = direct::host_dst_bits(known.keys().chain(wanted.keys()));
+        self.set_host_dst_bits(&both)?;
         let mut changes = 0;
         for (prefix, flags) in &wanted {
             if known.get(prefix) != Some(flags) {
@@ -510,16 +511,18 @@ impl Maps {
             changes += usize::from(gone(maps::HOST_DST, self.host_dst.remove(&key(prefix)))?);
         }
         if known.keys().any(|prefix| !wanted.contains_key(prefix)) {
-            self.set_host_dst_bits(&direct::host_dst_bits(wanted.keys()))?;
+            let wanted = direct::host_dst_bits(wanted.keys());
+            let rest = both.into_keys().map(|entry| (entry, wanted.get(&entry).copied().unwrap_or(0)));
+            self.set_host_dst_bits(&rest.collect())?;
         }
         Ok(changes)
     }
 
-    fn set_host_dst_bits(&mut self, words: &[u64]) -> Result<(), TablesError> {
-        for (i, word) in (0..).zip(words) {
-            let known = self.host_dst_bits.get(&i, 0).map_err(failed(maps::HOST_DST_BITS, "read"))?;
+    fn set_host_dst_bits(&mut self, words: &BTreeMap<u32, u64>) -> Result<(), TablesError> {
+        for (entry, word) in words {
+            let known = self.host_dst_bits.get(entry, 0).map_err(failed(maps::HOST_DST_BITS, "read"))?;
             if known != *word {
-                self.host_dst_bits.set(i, *word, 0).map_err(failed(maps::HOST_DST_BITS, "write"))?;
+                self.host_dst_bits.set(*entry, *word, 0).map_err(failed(maps::HOST_DST_BITS, "write"))?;
             }
         }
         Ok(())

@@ -136,7 +136,7 @@ fn other_limits_need_room_for_all_that_run() {
     wider.widen(maps::ENDPOINT, "vid", 4);
     wider.write(&other).unwrap();
     let mut odd = record.clone();
-    described.table(maps::ENDPOINT).unwrap().value.field_mut("mtu", &mut odd).unwrap().fill(1);
+    described.table(maps::ENDPOINT).unwrap().value.field_mut("wire_mac", &mut odd).unwrap().fill(1);
     records.set(&2_u32.to_ne_bytes(), &odd).unwrap();
     let error = place.take_over(&LIMITS).err().unwrap();
     assert!(matches!(error, Failure::Takeover(TakeoverError::Narrow { .. })), "{error:?}");
