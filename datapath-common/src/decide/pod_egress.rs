@@ -56,11 +56,13 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
         return None;
     }
     let plain::Packet { src_mac, ip } = plain::parse::<0, _>(frame)?;
-    if !same_mac(src_mac, pod.mac) {
-        return None;
-    }
-    if let Some(reason) = refused(pod, &ip) {
-        return Some(Decision::new(reason, pod));
+    if T::CHECKED {
+        if !same_mac(src_mac, pod.mac) {
+            return None;
+        }
+        if let Some(reason) = refused(pod, &ip) {
+            return Some(Decision::new(reason, pod));
+        }
     }
     Some(route(tables, pod, &ip, size(frame, link::UNTAGGED_LEN, &ip, gso_size)))
 }

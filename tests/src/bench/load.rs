@@ -9,7 +9,7 @@ use std::{
 
 use crate::lab::{Error, Result};
 
-use super::Pair;
+use super::{Pair, feed::Feed, flows::Flows};
 
 const LISTEN: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 /// Answers byte by byte.
@@ -20,6 +20,12 @@ const ONCE: u16 = 5002;
 const SINK: u16 = 5003;
 /// Answers each [`BURST`]th datagram.
 const DATAGRAMS: u16 = 5004;
+/// Answer each datagram with itself.
+pub(super) const ECHO_DATAGRAMS: [u16; 2] = [5005, 5006];
+/// All of them; a listener of the ELB has to exist for each.
+pub(super) const TCP_PORTS: [u16; 2] = [ECHO, ONCE];
+/// Those that security groups have to let pass.
+pub(super) const PORTS: std::ops::RangeInclusive<u16> = ECHO..=ECHO_DATAGRAMS[1];
 
 /// Datagrams that are under way at once: a socket's buffer holds far more.
 const BURST: u64 = 32;
@@ -40,12 +46,19 @@ pub enum Load {
     TcpStream,
     /// Datagrams of 64 bytes, one way: a datagram.
     Udp,
+    /// A datagram each way, by another flow each time: a transaction.
+    UdpRr,
+    /// To a VLAN id that nobody has: a frame.
+    UnknownVlan,
+    /// To a pod's VLAN id and address, with another MAC: a frame.
+    WrongMac,
+    /// To a pod's VLAN id and MAC, with another address: a frame.
+    WrongAddress,
+    /// From a pod, with another source address than its own: a frame.
+    SpoofingPod,
 }
 
 impl Load {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::TcpRr, Self::TcpCrr, Self::TcpStream, Self::Udp];
-
     /// Its name in cases.
     pub const fn name(self) -> &'static str {
         match self {
@@ -53,16 +66,27 @@ impl Load {
             Self::TcpCrr => "tcp-crr",
             Self::TcpStream => "tcp-stream",
             Self::Udp => "udp-64",
+            Self::UdpRr => "udp-rr",
+            Self::UnknownVlan => "unknown-vlan",
+            Self::WrongMac => "wrong-mac",
+            Self::WrongAddress => "wrong-address",
+            Self::SpoofingPod => "spoofing-pod",
         }
     }
 
     /// What is counted.
     pub const fn unit(self) -> &'static str {
         match self {
-            Self::TcpRr | Self::TcpCrr => "transaction",
+            Self::TcpRr | Self::TcpCrr | Self::UdpRr => "transaction",
             Self::TcpStream => "MiB",
             Self::Udp => "datagram",
+            Self::UnknownVlan | Self::WrongMac | Self::WrongAddress | Self::SpoofingPod => "frame",
         }
+    }
+
+    /// Whether it is between two processes, by sockets of the kernel's choice.
+    pub const fn has_processes(self) -> bool {
+        matches!(self, Self::TcpRr | Self::TcpCrr | Self::TcpStream | Self::Udp)
     }
 
     /// How many make a round of the counted engine, and how many go before the first: caches of routes and neighbours
@@ -70,10 +94,12 @@ impl Load {
     /// agents look after their nodes) is in few rounds, and not in the median.
     pub const fn round(self) -> (u64, u64) {
         match self {
-            Self::TcpRr => (500, 100),
+            Self::TcpRr | Self::UdpRr => (500, 100),
             Self::TcpCrr => (100, 20),
             Self::TcpStream => (16, 16),
             Self::Udp => (100 * BURST, 4 * BURST),
+            // What a test run takes to begin and to end is then nothing beside the frames.
+            Self::UnknownVlan | Self::WrongMac | Self::WrongAddress | Self::SpoofingPod => (32_000, 640),
         }
     }
 }
@@ -88,7 +114,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    fn goes_on(self, done: u64, start: Instant) -> bool {
+    pub(super) fn goes_on(self, done: u64, start: Instant) -> bool {
         match self {
             Self::Count(count) => done < count,
             // The clock costs something, too.
@@ -143,6 +169,16 @@ pub fn serve(pair: &Pair) -> Result<()> {
             }
         }
     });
+    for port in ECHO_DATAGRAMS {
+        let what = || Error::io(format!("servers in {}", pair.server));
+        let socket = pair.server.run(|| UdpSocket::bind((LISTEN, port)))?.map_err(what())?;
+        thread::spawn(move || {
+            let mut buffer = [0; SMALL];
+            while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+                let _ = socket.send_to(&buffer[..length], from);
+            }
+        });
+    }
     Ok(())
 }
 
@@ -156,6 +192,10 @@ pub enum Client {
     Stream(SocketAddrV4),
     /// Connected.
     Udp(UdpSocket),
+    /// Of many flows.
+    Flows(Box<Flows>),
+    /// Of frames that a kernel program sends.
+    Feed(Box<Feed>),
 }
 
 impl Client {
@@ -167,6 +207,9 @@ impl Client {
     pub fn connect(load: Load, server: Ipv4Addr) -> io::Result<Self> {
         let to = |port| SocketAddrV4::new(server, port);
         Ok(match load {
+            Load::UdpRr | Load::UnknownVlan | Load::WrongMac | Load::WrongAddress | Load::SpoofingPod => {
+                return Err(io::Error::other("this load has a client of its own"));
+            }
             Load::TcpRr => {
                 let stream = TcpStream::connect_timeout(&to(ECHO).into(), STUCK)?;
                 stream.set_nodelay(true)?;
@@ -228,6 +271,8 @@ impl Client {
                     done += BURST;
                 }
             }
+            Self::Flows(flows) => return flows.measure(limit),
+            Self::Feed(feed) => return feed.measure(limit),
         }
         Ok((done, start.elapsed()))
     }
