@@ -67,7 +67,7 @@ pub fn admit_plain<'t, T: Tables, F: Frame + ?Sized>(
     if tag.tpid == link::TPID_8021Q { plain_for::<4, _, _>(tables, frame, tag, route) } else { None }
 }
 
-/// Decides where VLAN, MAC and address belong together, or where nobody has the VLAN id.
+/// Decides where VLAN, MAC and address belong together, where only the address does not, or where nobody has the VLAN id.
 #[inline(always)]
 fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -86,9 +86,19 @@ fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     if limit::is_limited(Some(pod)) {
         return None;
     }
-    let belongs = !T::CHECKED
-        || same_mac(frame.load(0)?, pod.wire_mac) && same(ip.dst, pod.ipv4) && !same(ip.src, pod.ipv4);
-    if belongs { Some(route(pod, &ip).unwrap_or(Decision::new(Outcome::Wire, pod))) } else { None }
+    if T::CHECKED {
+        if !same_mac(frame.load(0)?, pod.wire_mac) {
+            return None;
+        }
+        // Refused at once: what a flood is made of is not read twice.
+        if !same(ip.dst, pod.ipv4) {
+            return Some(Decision::new(Outcome::WrongAddress, pod));
+        }
+        if same(ip.src, pod.ipv4) {
+            return None;
+        }
+    }
+    Some(route(pod, &ip).unwrap_or(Decision::new(Outcome::Wire, pod)))
 }
 
 /// Checks a frame against the pod that its VLAN id belongs to: VLAN, MAC and address belong together. `route` is asked

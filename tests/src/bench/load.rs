@@ -3,9 +3,12 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd as _,
     thread,
     time::{Duration, Instant},
 };
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::lab::{Error, Result};
 
@@ -169,17 +172,28 @@ pub fn serve(pair: &Pair) -> Result<()> {
             }
         }
     });
-    for port in ECHO_DATAGRAMS {
-        let what = || Error::io(format!("servers in {}", pair.server));
-        let socket = pair.server.run(|| UdpSocket::bind((LISTEN, port)))?.map_err(what())?;
-        thread::spawn(move || {
-            let mut buffer = [0; SMALL];
-            while let Ok((length, from)) = socket.recv_from(&mut buffer) {
-                let _ = socket.send_to(&buffer[..length], from);
-            }
-        });
-    }
+    let bind = |port| UdpSocket::bind((LISTEN, port));
+    let [first, second] = ECHO_DATAGRAMS;
+    let sockets = pair
+        .server
+        .run(|| io::Result::Ok([bind(first)?, bind(second)?]))?
+        .map_err(Error::io(format!("servers in {}", pair.server)))?;
+    thread::spawn(move || echo_all(&sockets));
     Ok(())
+}
+
+/// Answers the datagrams of all sockets by one thread: one for each would make the figures depend on whose turn it is.
+fn echo_all(sockets: &[UdpSocket; 2]) -> io::Result<()> {
+    let mut buffer = [0; SMALL];
+    loop {
+        let mut ready = sockets.each_ref().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+        poll(&mut ready, PollTimeout::NONE)?;
+        let came = ready.map(|ready| ready.any() == Some(true));
+        for (socket, _) in sockets.iter().zip(came).filter(|(_, came)| *came) {
+            let (length, from) = socket.recv_from(&mut buffer)?;
+            socket.send_to(&buffer[..length], from)?;
+        }
+    }
 }
 
 /// A client that is ready to measure; it does not matter what thread it is used by.

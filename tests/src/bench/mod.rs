@@ -114,7 +114,9 @@ pub fn run(engine: Engine, cases: &[Case], kinds: &[Kind], rounds: Option<usize>
         if cases.is_empty() {
             continue;
         }
-        let systems = build(engine, group, kinds)?;
+        let asked = |kind: &Kind| cases.iter().any(|case| kind.has(case.place));
+        let kinds: Vec<Kind> = kinds.iter().copied().filter(asked).collect();
+        let systems = build(engine, group, &kinds)?;
         for case in cases {
             let rounds = rounds.unwrap_or(engine.rounds(case.load));
             measure(engine, case, &systems, rounds, &mut report)?;

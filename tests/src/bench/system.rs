@@ -91,6 +91,33 @@ impl Kind {
         }
     }
 
+    /// Whether it has a way for the cases of this place.
+    pub fn has(self, place: Place) -> bool {
+        let eniway = matches!(
+            self,
+            Self::Eniway | Self::EniwayHairpin | Self::EniwayGuard | Self::EniwayRedirect | Self::EniwayUnchecked
+        );
+        match place {
+            Place::SameNode => !matches!(self, Self::EniwayNetkit | Self::Drop),
+            Place::CrossNode => {
+                !matches!(self, Self::Loopback | Self::Bridge | Self::Macvlan | Self::Ipvlan | Self::Drop)
+            }
+            Place::Elb => {
+                eniway || matches!(self, Self::Floor | Self::Vlan | Self::Routed | Self::VpcNetwork)
+            }
+            Place::ElbHairpin => eniway || self == Self::Vlan,
+            Place::Attack => matches!(
+                self,
+                Self::Eniway | Self::EniwayGuard | Self::EniwayRedirect | Self::Vlan | Self::Drop
+            ),
+            Place::PodsLocal
+            | Place::PodsWire
+            | Place::FlowsLocal
+            | Place::FlowsWire
+            | Place::FlowsElb => self == Self::Eniway,
+        }
+    }
+
     /// Sets it up for a group of cases; `None` if it has nothing to do with them.
     ///
     /// # Errors
