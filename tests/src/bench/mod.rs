@@ -22,6 +22,7 @@ pub mod report;
 mod scale;
 mod sys;
 pub mod system;
+mod targets;
 mod unchecked;
 
 pub use case::{Case, Group, Place};

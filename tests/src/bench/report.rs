@@ -4,6 +4,8 @@ use std::{fmt::Write as _, fs};
 
 use serde::{Deserialize, Serialize};
 
+use super::targets;
+
 /// Everything that was measured.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
@@ -179,6 +181,11 @@ impl Report {
         runs
     }
 
+    /// The median of a system in a case.
+    pub fn median(&self, case: &str, system: &str) -> Option<f64> {
+        self.runs.iter().find(|run| run.case == case && run.system == system).map(|run| run.median)
+    }
+
     /// Engine and kernel, as files are called: `counted-6.12`.
     pub fn name(&self) -> String {
         let version: Vec<_> = self.kernel.split('.').take(2).collect();
@@ -202,9 +209,9 @@ impl Report {
         text
     }
 
-    /// Tables in Markdown, a case each.
+    /// Tables in Markdown: the targets, and a case each.
     pub fn markdown(&self) -> String {
-        let mut text = String::new();
+        let mut text = targets::markdown(self);
         for case in self.cases() {
             let runs = self.of(case);
             let unit = runs.first().map_or("", |run| run.unit.as_str());

@@ -95,7 +95,11 @@ impl Kind {
     pub fn has(self, place: Place) -> bool {
         let eniway = matches!(
             self,
-            Self::Eniway | Self::EniwayHairpin | Self::EniwayGuard | Self::EniwayRedirect | Self::EniwayUnchecked
+            Self::Eniway
+                | Self::EniwayHairpin
+                | Self::EniwayGuard
+                | Self::EniwayRedirect
+                | Self::EniwayUnchecked
         );
         match place {
             Place::SameNode => !matches!(self, Self::EniwayNetkit | Self::Drop),
@@ -110,11 +114,9 @@ impl Kind {
                 self,
                 Self::Eniway | Self::EniwayGuard | Self::EniwayRedirect | Self::Vlan | Self::Drop
             ),
-            Place::PodsLocal
-            | Place::PodsWire
-            | Place::FlowsLocal
-            | Place::FlowsWire
-            | Place::FlowsElb => self == Self::Eniway,
+            Place::PodsLocal | Place::PodsWire | Place::FlowsLocal | Place::FlowsWire | Place::FlowsElb => {
+                self == Self::Eniway
+            }
         }
     }
 
