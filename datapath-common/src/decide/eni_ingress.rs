@@ -67,7 +67,7 @@ pub fn admit_plain<'t, T: Tables, F: Frame + ?Sized>(
     if tag.tpid == link::TPID_8021Q { plain_for::<4, _, _>(tables, frame, tag, route) } else { None }
 }
 
-/// Decides where VLAN, MAC and address belong together, where only the address does not, or where nobody has the VLAN id.
+/// Decides where VLAN, MAC and address belong together, where only MAC or address does not, or where nobody has the VLAN id.
 #[inline(always)]
 fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -87,10 +87,11 @@ fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
         return None;
     }
     if T::CHECKED {
-        if !same_mac(frame.load(0)?, pod.wire_mac) {
-            return None;
-        }
+        let mac: [u8; 6] = frame.load(0)?;
         // Refused at once: what a flood is made of is not read twice.
+        if !same_mac(mac, pod.wire_mac) {
+            return if mac[0] & 1 == 0 { Some(Decision::new(Outcome::WrongMac, pod)) } else { None };
+        }
         if !same(ip.dst, pod.ipv4) {
             return Some(Decision::new(Outcome::WrongAddress, pod));
         }
