@@ -47,7 +47,8 @@ impl Feed {
     ///
     /// When the kernel refuses it, or there is no such interface.
     pub fn open(source: &Source) -> io::Result<Self> {
-        let mut ebpf = load_object(if_nametoindex(source.from.1.as_str())?)?;
+        let begin = source.frame.first_chunk().ok_or_else(|| io::Error::other("the frame is too short"))?;
+        let mut ebpf = load_object(if_nametoindex(source.from.1.as_str())?, *begin)?;
         program(&mut ebpf)?.load().map_err(io::Error::other)?;
         Ok(Self { source: source.clone(), ebpf })
     }
@@ -105,7 +106,14 @@ fn program(ebpf: &mut Ebpf) -> io::Result<&mut Xdp> {
     program.try_into().map_err(io::Error::other)
 }
 
-/// The object of the programs that make loads (`fabric-ebpf/src/load.rs`); frames leave by the interface with this index.
-pub(super) fn load_object(out: u32) -> io::Result<Ebpf> {
-    EbpfLoader::new().override_global("OUT", &out, true).load(OBJECT).map_err(io::Error::other)
+/// The object of the programs that make loads (`fabric-ebpf/src/load.rs`); frames leave by the interface with this index,
+/// and begin so.
+pub(super) fn load_object(out: u32, begin: [u8; 16]) -> io::Result<Ebpf> {
+    let [begin, rest] = [0, 8].map(|at| u64::from_ne_bytes(std::array::from_fn(|i| begin[at + i])));
+    EbpfLoader::new()
+        .override_global("OUT", &out, true)
+        .override_global("BEGIN", &begin, true)
+        .override_global("BEGIN_REST", &rest, true)
+        .load(OBJECT)
+        .map_err(io::Error::other)
 }

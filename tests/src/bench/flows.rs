@@ -134,7 +134,7 @@ fn header(from: Ipv4Addr, to: Ipv4Addr) -> [u8; LENGTH] {
 
 /// Loads the program that gives the socket what comes to any port of the namespace that it is attached to.
 fn load_steer(socket: &UdpSocket) -> io::Result<Ebpf> {
-    let mut ebpf = load_object(0)?;
+    let mut ebpf = load_object(0, [0; 16])?;
     let map = ebpf.map_mut("REPLIES").ok_or_else(|| io::Error::other("no map REPLIES"))?;
     let mut sockets: SockMap<&mut MapData> = map.try_into().map_err(io::Error::other)?;
     sockets.set(0, socket, 0).map_err(io::Error::other)?;
