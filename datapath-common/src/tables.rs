@@ -60,6 +60,10 @@ impl Shared for core::sync::atomic::AtomicU64 {
 pub trait Tables: Rules {
     /// How far a limit is used up, shared by all CPUs.
     type Spent: Shared;
+    /// Whether plain packets are checked for belonging to whoever sends or receives them. Always, but in programs that are
+    /// built to measure what the checks cost.
+    const CHECKED: bool = true;
+
     /// Slot of the pod that has this VLAN id on the parent the program is attached to; 0 = none. `vid` is below 4096.
     fn subeni(&self, vid: u16) -> u32;
     /// The pod behind a host-side interface.

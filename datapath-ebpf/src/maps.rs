@@ -152,6 +152,7 @@ extern "C" fn limit_charge(id: u32, bytes: u32, how: u32) -> u64 {
 
 impl Tables for Kernel {
     type Spent = shared::Word;
+    const CHECKED: bool = cfg!(not(feature = "unchecked"));
 
     #[inline(always)]
     fn subeni(&self, vid: u16) -> u32 {

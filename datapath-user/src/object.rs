@@ -108,7 +108,21 @@ pub struct Constants {
 ///
 /// When the object is a stub, a map cannot be made, or its layout differs from the ABI.
 pub fn open(constants: Constants, limits: &Limits, pins: Option<&Pins>) -> Result<Ebpf, ObjectError> {
-    if bpf_build::is_stub(OBJECT) {
+    open_other(OBJECT, constants, limits, pins)
+}
+
+/// As [`open`], with an object that was built in another way, for benchmarks.
+///
+/// # Errors
+///
+/// As for [`open`].
+pub fn open_other(
+    object: &[u8],
+    constants: Constants,
+    limits: &Limits,
+    pins: Option<&Pins>,
+) -> Result<Ebpf, ObjectError> {
+    if bpf_build::is_stub(object) {
         return Err(ObjectError::Stub);
     }
     let fast_path = u8::from(constants.fast_path != FastPath::Off);
@@ -127,7 +141,7 @@ pub fn open(constants: Constants, limits: &Limits, pins: Option<&Pins>) -> Resul
             loader.map_pin_path(name, pins.map(name));
         }
     }
-    let ebpf = loader.load(OBJECT)?;
+    let ebpf = loader.load(object)?;
 
     for (map, expected) in layouts {
         let data = ebpf.map(map).ok_or(ObjectError::Missing { name: map })?;

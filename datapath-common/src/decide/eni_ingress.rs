@@ -89,7 +89,7 @@ pub const fn admitted(pod: &Endpoint) -> Decision<'_> {
     Decision::new(Outcome::Wire, pod)
 }
 
-/// Decides where VLAN, MAC and address belong together, or where nobody has the VLAN id.
+/// Decides where VLAN, MAC and address belong together, where only MAC or address does not, or where nobody has the VLAN id.
 #[inline(always)]
 fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     tables: &'t T,
@@ -105,15 +105,24 @@ fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     let Some(pod) = tables.endpoint(tables.subeni(vid)) else {
         return Some(Decision::unknown(Outcome::UnknownVlan));
     };
+    let packet = plain::parse::<TAG, _>(frame)?;
+    if T::CHECKED {
+        let mac: [u8; 6] = frame.load(0)?;
+        // Refused at once: what a flood is made of is not read twice.
+        if !same_mac(mac, pod.wire_mac) {
+            return if mac[0] & 1 == 0 { Some(Decision::new(Outcome::WrongMac, pod)) } else { None };
+        }
+        if !same(packet.dst, pod.ipv4) {
+            return Some(Decision::new(Outcome::WrongAddress, pod));
+        }
+        if same(packet.src, pod.ipv4) {
+            return None;
+        }
+    }
     if limit::is_limited(Some(pod)) {
         return None;
     }
-    let packet = plain::parse::<TAG, _>(frame)?;
-    if same_mac(frame.load(0)?, pod.wire_mac) && same(packet.dst, pod.ipv4) && !same(packet.src, pod.ipv4) {
-        route(pod, &packet)
-    } else {
-        None
-    }
+    route(pod, &packet)
 }
 
 /// Checks a frame against the pod that its VLAN id belongs to: VLAN, MAC and address belong together. `route` is asked

@@ -56,14 +56,16 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
         return None;
     }
     let packet = plain::parse::<0, _>(frame)?;
-    if !same_mac(packet.src_mac, pod.mac) {
-        return None;
-    }
-    if let Some(reason) = wrong_address(pod, packet.src, packet.dst) {
-        return Some(Decision::new(reason, pod));
-    }
-    if packet.proto == UDP && answers_dhcp(packet.ports::<0, _>(frame)?) {
-        return Some(Decision::new(Outcome::DhcpServer, pod));
+    if T::CHECKED {
+        if !same_mac(packet.src_mac, pod.mac) {
+            return None;
+        }
+        if let Some(reason) = wrong_address(pod, packet.src, packet.dst) {
+            return Some(Decision::new(reason, pod));
+        }
+        if packet.proto == UDP && answers_dhcp(packet.ports::<0, _>(frame)?) {
+            return Some(Decision::new(Outcome::DhcpServer, pod));
+        }
     }
     // What follows is `route`, and reads the rest of the packet only where that is asked for.
     let marked = tables.marked(pod.id);

@@ -160,7 +160,12 @@ fn arp(ctx: &TcContext, from: &Nic) -> Result<i32, Kind> {
 fn ipv4(ctx: &TcContext, from: &Nic, destination: [u8; 6]) -> Result<i32, Kind> {
     let mut packet = parse(ctx)?;
     let outside = from.flags & nic::OUTSIDE != 0;
-    if if outside { in_vpc(packet.src.ip) } else { packet.src.ip != from.ip } {
+    let refused = if outside {
+        in_vpc(packet.src.ip)
+    } else {
+        packet.src.ip != from.ip && from.flags & nic::FORWARDS == 0
+    };
+    if refused {
         return Err(Kind::SourceIp);
     }
     if destination[0] & 1 == 1 {

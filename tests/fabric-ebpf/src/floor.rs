@@ -60,6 +60,19 @@ mod programs {
         }
     }
 
+    /// Out of another interface, which may be the host's end of a pod's.
+    #[classifier]
+    pub fn floor_to(_: TcContext) -> i32 {
+        // SAFETY: a helper without pointers.
+        unsafe { bpf_redirect(TARGET.load(), 0) as i32 }
+    }
+
+    /// Nothing gets out.
+    #[classifier]
+    pub fn floor_shot(_: TcContext) -> i32 {
+        TC_ACT_SHOT
+    }
+
     /// Nothing gets in.
     #[xdp]
     pub fn floor_drop(_: XdpContext) -> u32 {

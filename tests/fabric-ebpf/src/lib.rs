@@ -44,6 +44,8 @@ pub struct Nic {
 pub mod nic {
     /// The port to the outside network: it may send from any address that is not of the VPC.
     pub const OUTSIDE: u32 = 1;
+    /// Its source check is off: the host behind it forwards for other addresses of the VPC.
+    pub const FORWARDS: u32 = 2;
 }
 
 /// Key of `SERVICES`: a listener of the ELB.

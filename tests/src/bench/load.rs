@@ -3,13 +3,16 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsFd as _,
     thread,
     time::{Duration, Instant},
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use crate::lab::{Error, Result};
 
-use super::Pair;
+use super::{Pair, feed::Feed, flows::Flows};
 
 const LISTEN: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 /// Answers byte by byte.
@@ -20,6 +23,12 @@ const ONCE: u16 = 5002;
 const SINK: u16 = 5003;
 /// Answers each [`BURST`]th datagram.
 const DATAGRAMS: u16 = 5004;
+/// Answer each datagram with itself.
+pub(super) const ECHO_DATAGRAMS: [u16; 2] = [5005, 5006];
+/// All of them; a listener of the ELB has to exist for each.
+pub(super) const TCP_PORTS: [u16; 2] = [ECHO, ONCE];
+/// Those that security groups have to let pass.
+pub(super) const PORTS: std::ops::RangeInclusive<u16> = ECHO..=ECHO_DATAGRAMS[1];
 
 /// Datagrams that are under way at once: a socket's buffer holds far more.
 const BURST: u64 = 32;
@@ -40,12 +49,19 @@ pub enum Load {
     TcpStream,
     /// Datagrams of 64 bytes, one way: a datagram.
     Udp,
+    /// A datagram each way, by another flow each time: a transaction.
+    UdpRr,
+    /// To a VLAN id that nobody has: a frame.
+    UnknownVlan,
+    /// To a pod's VLAN id and address, with another MAC: a frame.
+    WrongMac,
+    /// To a pod's VLAN id and MAC, with another address: a frame.
+    WrongAddress,
+    /// From a pod, with another source address than its own: a frame.
+    SpoofingPod,
 }
 
 impl Load {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::TcpRr, Self::TcpCrr, Self::TcpStream, Self::Udp];
-
     /// Its name in cases.
     pub const fn name(self) -> &'static str {
         match self {
@@ -53,16 +69,27 @@ impl Load {
             Self::TcpCrr => "tcp-crr",
             Self::TcpStream => "tcp-stream",
             Self::Udp => "udp-64",
+            Self::UdpRr => "udp-rr",
+            Self::UnknownVlan => "unknown-vlan",
+            Self::WrongMac => "wrong-mac",
+            Self::WrongAddress => "wrong-address",
+            Self::SpoofingPod => "spoofing-pod",
         }
     }
 
     /// What is counted.
     pub const fn unit(self) -> &'static str {
         match self {
-            Self::TcpRr | Self::TcpCrr => "transaction",
+            Self::TcpRr | Self::TcpCrr | Self::UdpRr => "transaction",
             Self::TcpStream => "MiB",
             Self::Udp => "datagram",
+            Self::UnknownVlan | Self::WrongMac | Self::WrongAddress | Self::SpoofingPod => "frame",
         }
+    }
+
+    /// Whether it is between two processes, by sockets of the kernel's choice.
+    pub const fn has_processes(self) -> bool {
+        matches!(self, Self::TcpRr | Self::TcpCrr | Self::TcpStream | Self::Udp)
     }
 
     /// How many make a round of the counted engine, and how many go before the first: caches of routes and neighbours
@@ -70,10 +97,12 @@ impl Load {
     /// agents look after their nodes) is in few rounds, and not in the median.
     pub const fn round(self) -> (u64, u64) {
         match self {
-            Self::TcpRr => (500, 100),
+            Self::TcpRr | Self::UdpRr => (500, 100),
             Self::TcpCrr => (100, 20),
             Self::TcpStream => (16, 16),
             Self::Udp => (100 * BURST, 4 * BURST),
+            // What a test run takes to begin and to end is then nothing beside the frames.
+            Self::UnknownVlan | Self::WrongMac | Self::WrongAddress | Self::SpoofingPod => (32_000, 640),
         }
     }
 }
@@ -88,7 +117,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    fn goes_on(self, done: u64, start: Instant) -> bool {
+    pub(super) fn goes_on(self, done: u64, start: Instant) -> bool {
         match self {
             Self::Count(count) => done < count,
             // The clock costs something, too.
@@ -143,7 +172,28 @@ pub fn serve(pair: &Pair) -> Result<()> {
             }
         }
     });
+    let bind = |port| UdpSocket::bind((LISTEN, port));
+    let [first, second] = ECHO_DATAGRAMS;
+    let sockets = pair
+        .server
+        .run(|| io::Result::Ok([bind(first)?, bind(second)?]))?
+        .map_err(Error::io(format!("servers in {}", pair.server)))?;
+    thread::spawn(move || echo_all(&sockets));
     Ok(())
+}
+
+/// Answers the datagrams of all sockets by one thread: one for each would make the figures depend on whose turn it is.
+fn echo_all(sockets: &[UdpSocket; 2]) -> io::Result<()> {
+    let mut buffer = [0; SMALL];
+    loop {
+        let mut ready = sockets.each_ref().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+        poll(&mut ready, PollTimeout::NONE)?;
+        let came = ready.map(|ready| ready.any() == Some(true));
+        for (socket, _) in sockets.iter().zip(came).filter(|(_, came)| *came) {
+            let (length, from) = socket.recv_from(&mut buffer)?;
+            socket.send_to(&buffer[..length], from)?;
+        }
+    }
 }
 
 /// A client that is ready to measure; it does not matter what thread it is used by.
@@ -156,6 +206,10 @@ pub enum Client {
     Stream(SocketAddrV4),
     /// Connected.
     Udp(UdpSocket),
+    /// Of many flows.
+    Flows(Box<Flows>),
+    /// Of frames that a kernel program sends.
+    Feed(Box<Feed>),
 }
 
 impl Client {
@@ -167,6 +221,9 @@ impl Client {
     pub fn connect(load: Load, server: Ipv4Addr) -> io::Result<Self> {
         let to = |port| SocketAddrV4::new(server, port);
         Ok(match load {
+            Load::UdpRr | Load::UnknownVlan | Load::WrongMac | Load::WrongAddress | Load::SpoofingPod => {
+                return Err(io::Error::other("this load has a client of its own"));
+            }
             Load::TcpRr => {
                 let stream = TcpStream::connect_timeout(&to(ECHO).into(), STUCK)?;
                 stream.set_nodelay(true)?;
@@ -228,6 +285,8 @@ impl Client {
                     done += BURST;
                 }
             }
+            Self::Flows(flows) => return flows.measure(limit),
+            Self::Feed(feed) => return feed.measure(limit),
         }
         Ok((done, start.elapsed()))
     }

@@ -3,44 +3,36 @@
 //! Every figure is a cost: instructions in the counting virtual machine, nanoseconds on a machine's own clock, for each
 //! transaction, MiB or datagram. Ratios are of figures of one round, so that what disturbs a while disturbs both.
 
-use std::{fmt, net::Ipv4Addr, time::Duration};
+use std::{net::Ipv4Addr, time::Duration};
 
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
+mod attack;
+mod case;
+pub mod feed;
 pub mod floor;
+pub mod flows;
+mod labs;
 pub mod load;
+mod netkit;
 pub mod ovs;
 pub mod plot;
 pub mod report;
+mod scale;
+mod sys;
 pub mod system;
+mod targets;
+mod unchecked;
+
+pub use case::{Case, Group, Place};
 
 use crate::lab::{Error, Netns, Result};
+use feed::Feed;
+use flows::Flows;
 use load::{Client, Limit, Load};
 use report::{Ratio, Report, Run, Spread};
-use system::{Kind, System};
-
-/// Where a server is, as its client sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
-    /// On the client's node.
-    SameNode,
-    /// On another one.
-    CrossNode,
-}
-
-impl Place {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::SameNode, Self::CrossNode];
-
-    /// Its name in cases.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::SameNode => "same-node",
-            Self::CrossNode => "cross-node",
-        }
-    }
-}
+use system::{Ends, Kind, System, Way};
 
 /// A client's namespace, a server's, and the server's address.
 #[derive(Clone, Debug)]
@@ -51,28 +43,6 @@ pub struct Pair {
     pub server: Netns,
     /// What the client connects to.
     pub to: Ipv4Addr,
-}
-
-/// What is sent where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Case {
-    /// Where.
-    pub place: Place,
-    /// What.
-    pub load: Load,
-}
-
-impl Case {
-    /// All of them.
-    pub fn all() -> impl Iterator<Item = Self> {
-        Load::ALL.into_iter().flat_map(|load| Place::ALL.map(|place| Self { place, load }))
-    }
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.place.name(), self.load.name())
-    }
 }
 
 /// How is measured.
@@ -123,27 +93,47 @@ const CONTROL_NAME: &str = "control";
 
 /// A system's client for one case, and its figures by round.
 struct Line<'s> {
-    name: &'static str,
-    pair: &'s Pair,
+    name: String,
+    way: &'s Way,
     client: Client,
     costs: Vec<f64>,
 }
 
-/// Measures all cases over all systems.
+/// Measures all cases over all systems, in so many rounds, or as many as the engine needs.
 ///
 /// # Errors
 ///
 /// When a system cannot be set up, or something is lost on the way.
-pub fn run(engine: Engine, cases: &[Case], kinds: &[Kind]) -> Result<Report> {
+pub fn run(engine: Engine, cases: &[Case], kinds: &[Kind], rounds: Option<usize>) -> Result<Report> {
     // Both ends and what is between them on one processor: wake-ups across processors cost more than what is compared.
     let mut cpus = CpuSet::new();
     cpus.set(0).map_err(Error::errno("the set of processors"))?;
     sched_setaffinity(Pid::from_raw(0), &cpus).map_err(Error::errno("pinning to processor 0"))?;
+    let mut report = Report::new(engine.name());
+    for group in Group::ALL {
+        let cases: Vec<Case> = cases.iter().copied().filter(|case| case.place.group() == group).collect();
+        if cases.is_empty() {
+            continue;
+        }
+        let asked = |kind: &Kind| cases.iter().any(|case| kind.has(case.place));
+        let kinds: Vec<Kind> = kinds.iter().copied().filter(asked).collect();
+        let systems = build(engine, group, &kinds)?;
+        for case in cases {
+            let rounds = rounds.unwrap_or(engine.rounds(case.load));
+            measure(engine, case, &systems, rounds, &mut report)?;
+        }
+    }
+    report.compare_above(Kind::Eniway.name(), Kind::Loopback.name());
+    Ok(report)
+}
+
+/// Sets all systems of a group up.
+fn build(engine: Engine, group: Group, kinds: &[Kind]) -> Result<Vec<(Kind, System)>> {
     let mut systems = Vec::new();
     for kind in kinds {
-        eprintln!("setting up {}", kind.name());
-        let system = match kind.build() {
-            Ok(system) => system,
+        let system = match kind.build(group) {
+            Ok(None) => continue,
+            Ok(Some(system)) => system,
             // The machine's own kernel may lack what a system is made of; the virtual machine's does not.
             Err(error) if engine == Engine::Wall => {
                 eprintln!("{} is left out: {error}", kind.name());
@@ -151,7 +141,9 @@ pub fn run(engine: Engine, cases: &[Case], kinds: &[Kind]) -> Result<Report> {
             }
             Err(error) => return Err(error),
         };
-        for (_, pair) in &system.pairs {
+        eprintln!("{} stands", kind.name());
+        for way in &system.ways {
+            let (Ends::Pair(pair) | Ends::Flows(pair, _)) = &way.ends else { continue };
             // Pairs of one system may share a server.
             match load::serve(pair) {
                 Err(error) if !error.to_string().contains("in use") => return Err(error),
@@ -160,33 +152,32 @@ pub fn run(engine: Engine, cases: &[Case], kinds: &[Kind]) -> Result<Report> {
         }
         systems.push((*kind, system));
     }
-    let mut report = Report::new(engine.name());
-    for case in cases {
-        measure(engine, *case, &systems, &mut report)?;
-    }
-    report.compare_above(Kind::Eniway.name(), Kind::Loopback.name());
-    Ok(report)
+    Ok(systems)
 }
 
-fn measure(engine: Engine, case: Case, systems: &[(Kind, System)], report: &mut Report) -> Result<()> {
-    let with_pair: Vec<_> = systems
-        .iter()
-        .filter_map(|(kind, system)| {
-            let (_, pair) = system.pairs.iter().find(|(place, _)| *place == case.place)?;
-            Some((*kind, pair))
-        })
-        .collect();
+fn measure(
+    engine: Engine,
+    case: Case,
+    systems: &[(Kind, System)],
+    rounds: usize,
+    report: &mut Report,
+) -> Result<()> {
     let mut lines = Vec::new();
-    for (kind, pair) in &with_pair {
-        lines.push(Line::start(kind.name(), pair, case)?);
+    for (kind, system) in systems {
+        for way in system.ways.iter().filter(|way| way.place == case.place && way.ends.fit(case.load)) {
+            let name = way.name.clone().unwrap_or_else(|| kind.name().to_owned());
+            lines.push(Line::start(name, way, case)?);
+        }
     }
-    // The control is our own system once more, or whatever comes first.
-    let of = with_pair.iter().find(|(kind, _)| *kind == Kind::Eniway).or(with_pair.first());
-    if let Some((_, pair)) = of {
-        lines.push(Line::start(CONTROL_NAME, pair, case)?);
+    // The control is what the others are compared with once more, or whatever comes first.
+    let reference = Reference::of(case.place.group());
+    let again = lines.iter().find(|line| line.name == reference.name).or(lines.first()).map(|line| line.way);
+    if let Some(way) = again {
+        lines.push(Line::start(CONTROL_NAME.to_owned(), way, case)?);
     }
     for line in &mut lines {
         line.round(Limit::Count(case.load.round().1))?;
+        line.way.proof.as_ref().map_or(Ok(()), |proof| proof())?;
     }
     // The first round is warm-up as well.
     for line in &mut lines {
@@ -194,7 +185,7 @@ fn measure(engine: Engine, case: Case, systems: &[(Kind, System)], report: &mut 
     }
     let mut order: Vec<usize> = (0..lines.len()).collect();
     let mut random = fastrand::Rng::with_seed(1);
-    for _ in 0..engine.rounds(case.load) {
+    for _ in 0..rounds {
         random.shuffle(&mut order);
         for at in &order {
             lines[*at].round(engine.limit(case.load))?;
@@ -208,8 +199,9 @@ fn measure(engine: Engine, case: Case, systems: &[(Kind, System)], report: &mut 
             engine: engine.name().to_owned(),
             kernel: report.kernel.clone(),
             case: case.to_string(),
-            system: line.name.to_owned(),
-            endpoints: 2,
+            system: line.name.clone(),
+            endpoints: line.way.endpoints,
+            flows: line.way.ends.flows(),
             unit: unit.clone(),
             median,
             min,
@@ -217,15 +209,36 @@ fn measure(engine: Engine, case: Case, systems: &[(Kind, System)], report: &mut 
             n: line.costs.len(),
         });
     }
-    ratios(case, &lines, report);
+    ratios(case, reference, &lines, report);
     Ok(())
 }
 
-fn ratios(case: Case, lines: &[Line<'_>], report: &mut Report) {
+/// What the lines of a group's cases are compared with.
+#[derive(Clone, Copy)]
+struct Reference {
+    name: &'static str,
+    /// Whether a ratio is its cost over that of another, instead of the other's over its own.
+    above: bool,
+}
+
+impl Reference {
+    const fn of(group: Group) -> Self {
+        match group {
+            Group::Traffic => Self { name: Kind::Eniway.name(), above: true },
+            // The ratio of the costs is that of the rates, the other way round: how much of the bare drop's rate is reached.
+            Group::Attack => Self { name: Kind::Drop.name(), above: true },
+            // The smallest size has the system's name; how much more the others cost.
+            Group::Scale => Self { name: Kind::Eniway.name(), above: false },
+        }
+    }
+}
+
+fn ratios(case: Case, reference: Reference, lines: &[Line<'_>], report: &mut Report) {
     let find = |name: &str| lines.iter().find(|line| line.name == name);
-    let Some(ours) = find(Kind::Eniway.name()) else { return };
-    for line in lines.iter().filter(|line| line.name != ours.name) {
-        let ratio = Ratio::paired(case.to_string(), ours.name, line.name, &ours.costs, &line.costs);
+    let Some(reference_line) = find(reference.name) else { return };
+    for line in lines.iter().filter(|line| line.name != reference.name) {
+        let (of, to) = if reference.above { (reference_line, line) } else { (line, reference_line) };
+        let ratio = Ratio::paired(case.to_string(), &of.name, &to.name, &of.costs, &to.costs);
         if line.name == CONTROL_NAME && !(CONTROL.contains(&ratio.low) && CONTROL.contains(&ratio.high)) {
             report.void.push(case.to_string());
         }
@@ -234,19 +247,27 @@ fn ratios(case: Case, lines: &[Line<'_>], report: &mut Report) {
 }
 
 impl<'s> Line<'s> {
-    fn start(name: &'static str, pair: &'s Pair, case: Case) -> Result<Self> {
-        let client = pair
-            .client
-            .run(|| Client::connect(case.load, pair.to))?
+    fn start(name: String, way: &'s Way, case: Case) -> Result<Self> {
+        let ends = &way.ends;
+        let client = ends
+            .client()
+            .run(|| match ends {
+                Ends::Pair(pair) => Client::connect(case.load, pair.to),
+                Ends::Flows(pair, flows) => {
+                    Flows::open(pair.to, *flows).map(|flows| Client::Flows(Box::new(flows)))
+                }
+                Ends::Feed(_, source) => Feed::open(source).map(|feed| Client::Feed(Box::new(feed))),
+            })?
             .map_err(Error::io(format!("{case} over {name}")))?;
-        Ok(Self { name, pair, client, costs: Vec::new() })
+        Ok(Self { name, way, client, costs: Vec::new() })
     }
 
     fn round(&mut self, limit: Limit) -> Result<()> {
         let client = &mut self.client;
         let (done, took) = self
-            .pair
-            .client
+            .way
+            .ends
+            .client()
             .run(|| client.measure(limit))?
             .map_err(Error::io(format!("measuring {}", self.name)))?;
         self.costs.push(took.as_nanos() as f64 / done as f64);

@@ -10,7 +10,7 @@ const WIDTH: u32 = 840;
 const ROW: u32 = 26;
 const TOP: u32 = 56;
 /// Where bars begin, and the length of the longest.
-const LEFT: u32 = 220;
+const LEFT: u32 = 236;
 const LONGEST: f64 = 480.0;
 const OURS: RGBColor = RGBColor(0x1f, 0x6f, 0xb4);
 const OTHERS: RGBColor = RGBColor(0xb0, 0xb8, 0xc0);

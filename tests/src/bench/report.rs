@@ -4,6 +4,8 @@ use std::{fmt::Write as _, fs};
 
 use serde::{Deserialize, Serialize};
 
+use super::targets;
+
 /// Everything that was measured.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
@@ -35,6 +37,9 @@ pub struct Run {
     pub system: String,
     /// Pods on the client's node.
     pub endpoints: u32,
+    /// Flows at once.
+    #[serde(default = "one")]
+    pub flows: u32,
     /// What the numbers are.
     pub unit: String,
     /// Of all rounds.
@@ -45,6 +50,10 @@ pub struct Run {
     pub max: f64,
     /// Rounds.
     pub n: usize,
+}
+
+const fn one() -> u32 {
+    1
 }
 
 /// The cost of one system over that of another: below 1, the first is cheaper.
@@ -172,6 +181,11 @@ impl Report {
         runs
     }
 
+    /// The median of a system in a case.
+    pub fn median(&self, case: &str, system: &str) -> Option<f64> {
+        self.runs.iter().find(|run| run.case == case && run.system == system).map(|run| run.median)
+    }
+
     /// Engine and kernel, as files are called: `counted-6.12`.
     pub fn name(&self) -> String {
         let version: Vec<_> = self.kernel.split('.').take(2).collect();
@@ -195,9 +209,9 @@ impl Report {
         text
     }
 
-    /// Tables in Markdown, a case each.
+    /// Tables in Markdown: the targets, and a case each.
     pub fn markdown(&self) -> String {
-        let mut text = String::new();
+        let mut text = targets::markdown(self);
         for case in self.cases() {
             let runs = self.of(case);
             let unit = runs.first().map_or("", |run| run.unit.as_str());
@@ -205,26 +219,47 @@ impl Report {
             if self.void.iter().any(|void| void == case) {
                 text.push_str("**Void**: the control pair differed; these figures say nothing.\n\n");
             }
+            // Either of all ratios of a case is the same system.
+            let ratios: Vec<_> = self.ratios.iter().filter(|ratio| ratio.case == case).collect();
+            let same = |pick: fn(&Ratio) -> &str| {
+                let first = ratios.first().map(|ratio| pick(ratio))?;
+                ratios.iter().all(|ratio| pick(ratio) == first).then(|| first.to_owned())
+            };
+            let (of, to) = (same(|ratio| &ratio.of), same(|ratio| &ratio.to));
+            let column = match (&of, &to) {
+                (Some(of), _) => format!("{of} / this"),
+                (None, Some(to)) => format!("this / {to}"),
+                (None, None) => String::from("ratio"),
+            };
+            let above = self.above_loopback.iter().any(|above| above.case == case);
             let _ = write!(
                 text,
-                "| system | {unit} | range | eniway / this | above loopback |\n|---|---:|---|---:|---:|\n"
+                "| system | {unit} | range | {column} |{}\n|---|---:|---|---:|{}\n",
+                if above { " above loopback |" } else { "" },
+                if above { "---:|" } else { "" },
             );
             for run in runs {
                 let written =
                     |value: Option<f64>| value.map_or_else(String::new, |value| format!("{value:.3}"));
-                let ratio = self.ratios.iter().find(|ratio| ratio.case == case && ratio.to == run.system);
-                let above =
-                    self.above_loopback.iter().find(|above| above.case == case && above.to == run.system);
-                let _ = writeln!(
+                let ratio = ratios.iter().find(|ratio| {
+                    ratio.to == run.system && of.is_some() || ratio.of == run.system && of.is_none()
+                });
+                let _ = write!(
                     text,
-                    "| {} | {:.0} | {:.0} to {:.0} | {} | {} |",
+                    "| {} | {:.0} | {:.0} to {:.0} | {} |",
                     run.system,
                     run.median,
                     run.min,
                     run.max,
                     written(ratio.map(|ratio| ratio.value)),
-                    written(above.map(|above| above.value))
                 );
+                if above {
+                    let of_case = self.above_loopback.iter().filter(|above| above.case == case);
+                    let value =
+                        of_case.filter(|above| above.to == run.system).map(|above| above.value).next();
+                    let _ = write!(text, " {} |", written(value));
+                }
+                text.push('\n');
             }
         }
         text
@@ -253,6 +288,7 @@ mod tests {
                 case,
                 system,
                 endpoints: 2,
+                flows: 1,
                 unit,
                 median,
                 min: 0.0,

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use datapath_user::grace::Grace;
+use datapath_user::{config::Limits, grace::Grace};
 use eniway_policy::model::{GroupList, Groups};
 pub use nix::sys::signal::Signal;
 use nix::{sys::signal::kill, unistd::Pid};
@@ -50,6 +50,7 @@ pub(super) struct Settings<'a> {
     pub(super) fast_path: bool,
     pub(super) xdp: XdpMode,
     pub(super) host_prefixes: &'a [String],
+    pub(super) limits: Limits,
     pub(super) mtu: u32,
     pub(super) vips: &'a [VipSpec],
     pub(super) groups: Option<&'a Groups>,
@@ -90,7 +91,8 @@ impl Agent {
             "node = {node:?}\npin_dir = {:?}\nrun_dir = {:?}\nfast_path = {:?}\nlog = \"debug\"\n\n\
              [source]\n{source}\n\n\
              [[parent]]\ninterface = \"eth1\"\nxdp = {:?}\n\n\
-             [host]\nprefixes = [{}]\n",
+             [host]\nprefixes = [{}]\n\n\
+             [limits]\nendpoints = {}\nflows = {}\n",
             agent.pin_dir,
             agent.run_dir(),
             match (settings.fast_path, settings.groups) {
@@ -100,6 +102,8 @@ impl Agent {
             },
             settings.xdp.name(),
             prefixes.join(", "),
+            settings.limits.endpoints,
+            settings.limits.flows,
         );
         let path = agent.config();
         fs::write(&path, config).map_err(Error::io(format!("writing {}", path.display())))?;

@@ -123,6 +123,13 @@ pub(super) struct Port {
     pub(super) checksums: bool,
 }
 
+/// Sizes of the fabric's tables.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    /// Flows that the ELB knows at once.
+    pub(super) elb_flows: u32,
+}
+
 /// The fabric of a lab: all its ports are in one namespace, where one kernel program moves the packets.
 pub struct Fabric {
     netns: Netns,
@@ -147,6 +154,7 @@ impl Fabric {
         places: &Places,
         ports: &[Port],
         mtu: u32,
+        sizes: Sizes,
         log_flows: bool,
         vips: &[Ipv4Addr],
         gate: bool,
@@ -157,7 +165,7 @@ impl Fabric {
             groups::connect_gate(netns, mtu)?;
         }
         let names: Vec<&str> = ports.iter().map(|port| port.name.as_str()).collect();
-        netns.run(|| load(places, &names, log_flows, gate))??;
+        netns.run(|| load(places, &names, sizes, log_flows, gate))??;
         let fabric = Self::open(places.id())?;
         for vip in vips {
             lock(&fabric.vips).insert(vip.octets(), 1, 0).map_err(|e| Error::bpf("map VIPS", &e))?;
@@ -409,6 +417,27 @@ impl Fabric {
         Ok(())
     }
 
+    /// Switches the source check of a port's untagged NIC off and routes these addresses to it, as a VPC does for a node
+    /// that forwards for its pods.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such NIC.
+    pub fn forwards(&self, port: &str, addresses: &[Ipv4Addr]) -> Result<()> {
+        let at = self.place(port, 0)?;
+        let mut nics = lock(&self.nics);
+        let Raw(mut nic) = found(nics.get(&Raw(at), 0))
+            .map_err(|e| Error::bpf("map NICS", &e))?
+            .ok_or_else(|| Error::Unknown(format!("NIC of port {port}")))?;
+        nic.flags |= fabric_ebpf::nic::FORWARDS;
+        nics.insert(Raw(at), Raw(nic), 0).map_err(|e| Error::bpf("map NICS", &e))?;
+        let mut routes = lock(&self.routes);
+        for address in addresses {
+            routes.insert(address.octets(), Raw(nic), 0).map_err(|e| Error::bpf("map ROUTES", &e))?;
+        }
+        Ok(())
+    }
+
     /// Detaches what is at this place, if anything.
     ///
     /// # Errors
@@ -501,7 +530,7 @@ fn connect(netns: &Netns, ports: &[Port], mtu: u32) -> Result<()> {
 }
 
 /// Runs in the fabric's namespace.
-fn load(places: &Places, ports: &[&str], log_flows: bool, gate: bool) -> Result<()> {
+fn load(places: &Places, ports: &[&str], sizes: Sizes, log_flows: bool, gate: bool) -> Result<()> {
     if OBJECT.is_empty() {
         return Err(Error::Bpf {
             what: "program".into(),
@@ -522,6 +551,8 @@ fn load(places: &Places, ports: &[&str], log_flows: bool, gate: bool) -> Result<
         .override_global("VPC_MASK", &mask, true)
         .override_global("GATEWAY_MAC", &GATEWAY_MAC.0, true)
         .override_global("GATE", &gate_index, true)
+        .map_max_entries("ELB_FLOWS", sizes.elb_flows)
+        .map_max_entries("ELB_RETURNS", sizes.elb_flows)
         .load(OBJECT)
         .map_err(|e| Error::bpf("object", &e))?;
     let dir = places.pins().join("fabric");

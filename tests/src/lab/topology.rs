@@ -12,13 +12,14 @@ use std::{
     time::Duration,
 };
 
+use datapath_user::config::Limits;
 use eniway_policy::model::{GroupList, Groups, Membership};
 
 use super::{
     agent::{Agent, READY, Settings, put_groups},
     elb::{Elb, Listener},
     error::{Error, Result},
-    fabric::{Fabric, Port},
+    fabric::{Fabric, Port, Sizes},
     groups::{Gate, Vpc},
     ipam::Ipam,
     large,
@@ -120,6 +121,8 @@ pub struct LabBuilder {
     mtu: u32,
     flow_log: bool,
     host_prefixes: Vec<String>,
+    limits: Limits,
+    elb_flows: u32,
     groups: Option<Groups>,
     lists: Vec<(String, GroupList)>,
 }
@@ -230,6 +233,20 @@ impl LabBuilder {
     #[must_use]
     pub fn host_prefixes(mut self, prefixes: &[&str]) -> Self {
         self.host_prefixes = prefixes.iter().map(|prefix| (*prefix).into()).collect();
+        self
+    }
+
+    /// Sizes of the agents' tables (`limits` of the agent), the defaults unless said here.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// How many flows the ELB knows at once, 65,536 unless said here.
+    #[must_use]
+    pub fn elb_flows(mut self, flows: u32) -> Self {
+        self.elb_flows = flows;
         self
     }
 
@@ -397,7 +414,15 @@ impl LabBuilder {
             ports.push(port(&node.parent_port, "eth1", &node.netns, node.parent_mac));
         }
         let vips: Vec<Ipv4Addr> = self.vips.iter().map(|vip| vip.ip).collect();
-        let fabric = Fabric::create(places, &ports, self.mtu, self.flow_log, &vips, self.groups.is_some())?;
+        let fabric = Fabric::create(
+            places,
+            &ports,
+            self.mtu,
+            Sizes { elb_flows: self.elb_flows },
+            self.flow_log,
+            &vips,
+            self.groups.is_some(),
+        )?;
         for client in hosts.clients() {
             let flags = if client.ip == OUTSIDE_IP { fabric_ebpf::nic::OUTSIDE } else { 0 };
             fabric.add_nic(&client.name, 0, client.ip, client.mac, None, flags)?;
@@ -468,6 +493,7 @@ impl LabBuilder {
             fast_path: self.fast_path,
             xdp: self.xdp,
             host_prefixes: &self.host_prefixes,
+            limits: self.limits,
             mtu: self.mtu,
             vips: &self.vips,
             groups: self.groups.as_ref(),
@@ -551,6 +577,8 @@ impl Lab {
             mtu: 1500,
             flow_log: true,
             host_prefixes: vec!["10.247.0.0/16".into()],
+            limits: Limits::default(),
+            elb_flows: 65_536,
             groups: None,
             lists: Vec::new(),
         }
