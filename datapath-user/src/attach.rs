@@ -199,7 +199,7 @@ pub fn attach_first(
     let copy_id = copy.info().map_err(&refused)?.id();
     // An earlier attempt ended with the copy in place, which cannot stand there twice.
     if here(pin).is_some_and(|info| info.prog_id == copy_id) {
-        attach_tcx(program, target, hook, pin, &refused)?;
+        attach_tcx(program, target, hook, pin, refused)?;
     }
     let stand_in = stand_in(pin);
     if here(&stand_in).is_none() {
@@ -219,7 +219,7 @@ pub fn attach_first(
         }
         _ => std::fs::rename(&stand_in, pin).map_err(|error| link("replace", error))?,
     }
-    attach_tcx(program, target, hook, pin, &refused).map(drop)
+    attach_tcx(program, target, hook, pin, refused).map(drop)
 }
 
 /// Where the link of a copy is pinned until it takes the program's pin over. Not the name of a pod's or a parent's link.

@@ -364,10 +364,10 @@ impl Agent {
                 self.acknowledge();
             }
         }
-        if self.ticks.is_multiple_of(SETTINGS_TICKS) {
-            if let Some(desired) = self.desired.clone() {
-                self.prepare_parents(&desired).await;
-            }
+        if self.ticks.is_multiple_of(SETTINGS_TICKS)
+            && let Some(desired) = self.desired.clone()
+        {
+            self.prepare_parents(&desired).await;
         }
         // The first look, too, so that what is wrong from the beginning on is told at once.
         if self.ticks.is_multiple_of(SETTINGS_TICKS) || self.ticks == 1 {

@@ -44,7 +44,7 @@ pub(super) async fn parent(
     let attached = seen.links.get(interface).and_then(|link| link.xdp);
     match (sys::link_info(&pins.parent_xdp(interface, generic)), attached) {
         (Err(error), _) => {
-            checks.holds(false, Kind::Attachment, what, expected, format_args!("no link: {error}"))
+            checks.holds(false, Kind::Attachment, what, expected, format_args!("no link: {error}"));
         }
         (Ok(_), None) => checks.holds(false, Kind::Attachment, what, expected, "nothing attached"),
         (Ok(info), Some(xdp)) => {
