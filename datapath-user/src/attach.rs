@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Where our filters stand among those of clsact. Nobody else is likely to have chosen it.
-const CLSACT_PRIORITY: u16 = 0x656e;
+pub(crate) const CLSACT_PRIORITY: u16 = 0x656e;
 const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
 
 /// Why a program is not on its interface.
@@ -131,7 +131,12 @@ pub fn attach_tc(
         source: Box::new(source),
     };
     match kind {
-        TcKind::Tcx => attach_tcx(program, target, hook, pin, refused),
+        TcKind::Tcx => {
+            let attached = attach_tcx(program, target, hook, pin, refused)?;
+            // Of an agent that was killed in the middle of [`attach_first`].
+            unpin(&stand_in(pin))?;
+            Ok(attached)
+        }
         TcKind::Clsact => attach_clsact(program, target, hook).map_err(refused),
     }
 }
@@ -166,6 +171,61 @@ fn attach_tcx(
         source: io::Error::other(whole(&error)),
     })?;
     Ok(Attached::Created)
+}
+
+/// Brings a loaded tc program before all others on its hook, by TCX. The kernel takes a program only once on a hook: a copy of it
+/// comes to the new place, takes the pin over, and is swapped for the program there.
+///
+/// # Errors
+///
+/// When the kernel refuses it. Then what stood there stands, or the copy in its place, pinned: there is no moment without
+/// checks.
+pub fn attach_first(
+    program: &mut SchedClassifier,
+    copy: &mut SchedClassifier,
+    name: &'static str,
+    target: Target<'_>,
+    hook: Hook,
+    pin: &Path,
+) -> Result<(), AttachError> {
+    let refused = |source: ProgramError| AttachError::Tc {
+        program: name,
+        interface: target.interface.to_owned(),
+        hook,
+        source: Box::new(source),
+    };
+    let link = |action, source| AttachError::Link { action, path: pin.to_owned(), source };
+    let here = |path: &Path| sys::link_info(path).ok().filter(|info| info.ifindex == target.ifindex);
+    let copy_id = copy.info().map_err(&refused)?.id();
+    // An earlier attempt ended with the copy in place, which cannot stand there twice.
+    if here(pin).is_some_and(|info| info.prog_id == copy_id) {
+        attach_tcx(program, target, hook, pin, refused)?;
+    }
+    let stand_in = stand_in(pin);
+    if here(&stand_in).is_none() {
+        unpin(&stand_in)?;
+        let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = copy.attach_with_options(target.interface, hook.into(), first).map_err(&refused)?;
+        let made = copy.take_link(id).map_err(&refused)?;
+        let made = FdLink::try_from(made).map_err(link_error("use", &stand_in))?;
+        made.pin(&stand_in).map_err(|error| link("pin", io::Error::other(whole(&error))))?;
+    }
+    match sys::link_detach(pin) {
+        Err(error)
+            if error.kind() != io::ErrorKind::NotFound && error.raw_os_error() != Some(libc::ENOLINK) =>
+        {
+            unpin(&stand_in)?;
+            return Err(link("detach", error));
+        }
+        _ => std::fs::rename(&stand_in, pin).map_err(|error| link("replace", error))?,
+    }
+    attach_tcx(program, target, hook, pin, refused).map(drop)
+}
+
+/// Where the link of a copy is pinned until it takes the program's pin over. Not the name of a pod's or a parent's link.
+fn stand_in(pin: &Path) -> PathBuf {
+    let name = pin.file_name().unwrap_or_default().to_string_lossy();
+    pin.with_file_name(format!("stand-in-{name}"))
 }
 
 fn attach_clsact(
@@ -406,6 +466,39 @@ mod tests {
                 assert!(begin.elapsed().as_secs() < 5, "the program is still attached");
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
+        });
+        dir.remove_all().unwrap();
+    }
+
+    #[test]
+    fn a_copy_stays_when_the_program_cannot_take_its_place() {
+        let Some(pins) = pins("first") else { return };
+        let dir = pins.clone();
+        on_loopback(move |ebpf, lo| {
+            let pin = pins.pod_tc(lo.ifindex, Hook::In);
+            let mut attach = |name, pin: &Path| {
+                attach_tc(TcKind::Tcx, object::tc(ebpf, name).unwrap(), name, lo, Hook::In, pin).unwrap()
+            };
+            attach(program::POD_INGRESS, &pin);
+            // What is to come first stands on the hook by a link of somebody else's, so the kernel refuses it.
+            let other = pins.pod_tc(lo.ifindex + 1, Hook::In);
+            attach(program::ENI_INGRESS, &other);
+            let mut copies = object::open(CONSTANTS, &Limits { endpoints: 4, flows: 1024 }, None).unwrap();
+            let mut first = || {
+                let copy = object::tc(&mut copies, program::ENI_INGRESS).unwrap();
+                let program = object::tc(ebpf, program::ENI_INGRESS).unwrap();
+                let ids = (program.info().unwrap().id(), copy.info().unwrap().id());
+                (attach_first(program, copy, program::ENI_INGRESS, lo, Hook::In, &pin), ids)
+            };
+            let (refused, (original, copy)) = first();
+            assert!(matches!(refused, Err(AttachError::Tc { .. })), "{refused:?}");
+            assert_eq!(attached(Hook::In), [copy, original]);
+            assert_eq!(sys::link_info(&pin).unwrap().prog_id, copy);
+            sys::link_detach(&other).unwrap();
+            first().0.unwrap();
+            assert_eq!(attached(Hook::In), [original]);
+            assert_eq!(sys::link_info(&pin).unwrap().prog_id, original);
+            assert!(!stand_in(&pin).exists());
         });
         dir.remove_all().unwrap();
     }

@@ -4,14 +4,18 @@ use std::{collections::BTreeSet, fs};
 
 use crate::{
     attach::{self, AttachError},
+    audit::Expected,
     config::Config,
     feature::{self, FeatureError},
     grace::Grace,
+    kept::Kept,
     lock::{self, LockError},
     net,
+    nic::{self, Nic},
     object::program,
     pin::{Hook, PinError, Pins},
     privilege::{self, PrivilegeError},
+    settings::Settings,
     status::Status,
     takeover, wiring,
 };
@@ -43,6 +47,8 @@ pub struct Detached {
     pub pods: Vec<String>,
     /// Parent ENIs.
     pub parents: Vec<String>,
+    /// Settings that somebody else has changed since, and that were left to them.
+    pub left: Vec<String>,
     /// What could not be put back as it was; programs and tables are gone all the same.
     pub problems: Vec<String>,
 }
@@ -63,6 +69,8 @@ pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
     let grace = Grace::new(&config.run_dir);
     let _short = grace.expedite();
     let mut report = Detached::default();
+
+    take_nics_back(config, &mut report).await;
 
     let mut pods = BTreeSet::new();
     for version in &versions {
@@ -102,9 +110,32 @@ pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
         report.parents.push(parent);
     }
 
+    match Settings::load(&config.run_dir) {
+        Ok(mut settings) => report.left = settings.restore().await,
+        Err(error) => report.problems.push(error.to_string()),
+    }
     pins.remove_all()?;
     let _ = fs::remove_file(Status::path(&config.run_dir));
+    let _ = fs::remove_file(Expected::path(&config.run_dir));
     Ok(report)
+}
+
+/// Takes the ENIs that are in pods back to the node, as they were.
+async fn take_nics_back(config: &Config, report: &mut Detached) {
+    match Kept::<Nic>::load(&config.run_dir, "enis") {
+        Ok(mut nics) => {
+            let given: Vec<(String, Nic)> =
+                nics.keys().filter_map(|key| Some((key.clone(), nics.get(key)?.clone()))).collect();
+            for (key, nic) in given {
+                match nic::take_back(&nic).await {
+                    Ok(()) => drop(nics.remove(&key)),
+                    Err(error) => report.problems.push(error.to_string()),
+                }
+                report.pods.push(nic.name);
+            }
+        }
+        Err(error) => report.problems.push(error.to_string()),
+    }
 }
 
 /// Removes programs, rules and routes of one parent ENI. Returns what could not be put back.

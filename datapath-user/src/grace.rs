@@ -31,6 +31,11 @@ impl Grace {
         grace
     }
 
+    /// Whether a process has made grace periods short and not put them back yet: it is at it, or was killed.
+    pub fn is_left_turned(run_dir: &Path) -> bool {
+        run_dir.join(MARK).exists()
+    }
+
     /// Makes grace periods short while the answer lives. They stay as they are where somebody made them short
     /// already, or where the file cannot be written: then attaching takes longer, and that is all.
     #[must_use]

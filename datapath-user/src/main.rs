@@ -40,12 +40,18 @@ enum Command {
     Counters(cli::counters::Args),
     Policy(cli::policy::Args),
     Trace(cli::trace::Args),
+    Audit(cli::audit::Args),
     Detach(cli::detach::Args),
     Ipam(Box<cli::ipam::Args>),
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let command = Cli::parse().command;
+    // Its exit status says more than success or failure.
+    if let Command::Audit(args) = &command {
+        return cli::audit::run(args);
+    }
+    match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("eniway: {error}");
@@ -69,6 +75,7 @@ fn run(command: Command) -> Result<()> {
         Command::Counters(args) => cli::counters::run(&args)?,
         Command::Policy(args) => cli::policy::run(&args)?,
         Command::Trace(args) => cli::trace::run(&args)?,
+        Command::Audit(_) => {}
         Command::Detach(args) => cli::detach::run(&args)?,
         Command::Ipam(args) => cli::ipam::run(&args)?,
     }

@@ -1,5 +1,6 @@
 //! The few requests to the kernel's routing socket that the agent needs, with errors that say what was wanted.
 
+mod dump;
 mod qdisc;
 
 use std::{
@@ -17,7 +18,8 @@ use rtnetlink::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressScope},
         link::{
-            InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State as OperState,
+            InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
+            State as OperState, XdpAttached,
         },
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
         nsid::{NsidAttribute, NsidMessage},
@@ -27,6 +29,7 @@ use rtnetlink::{
 };
 use tokio::task::JoinHandle;
 
+pub use self::dump::{Filter, HostState, Neighbour, Route};
 use crate::net::Mac;
 
 /// Why a request failed.
@@ -80,7 +83,7 @@ fn hint(error: &io::Error) -> &'static str {
 
 /// Routes, rules and neighbours that eniway makes carry this number as their protocol, so that it removes nothing
 /// that others made. `ip` shows it as `proto 221`.
-const PROTOCOL: RouteProtocol = RouteProtocol::Other(221);
+pub(crate) const PROTOCOL: RouteProtocol = RouteProtocol::Other(221);
 
 /// An interface, as far as the agent cares.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,6 +100,8 @@ pub struct Link {
     pub up: bool,
     /// Whether it transmits: it is up, has a carrier, and the kernel has acted on both.
     pub operational: bool,
+    /// Whether the other end of its wire is there and up.
+    pub carrier: bool,
     /// Whether it is one end of a veth pair.
     pub veth: bool,
     /// Index of the interface it is bound to: for a veth, its other end.
@@ -107,10 +112,21 @@ pub struct Link {
     pub alias: Option<String>,
     /// Queues that it sends by.
     pub queues: u32,
+    /// The XDP program on it, and how it runs.
+    pub xdp: Option<AttachedXdp>,
+}
+
+/// An XDP program on an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttachedXdp {
+    /// By the driver itself; else generic.
+    pub native: bool,
+    /// The program.
+    pub program: u32,
 }
 
 impl Link {
-    fn from_message(message: LinkMessage) -> Self {
+    pub(crate) fn from_message(message: LinkMessage) -> Self {
         let mut link = Self {
             index: message.header.index,
             name: String::new(),
@@ -118,11 +134,13 @@ impl Link {
             mtu: 0,
             up: message.header.flags.contains(LinkFlags::Up),
             operational: false,
+            carrier: message.header.flags.contains(LinkFlags::LowerUp),
             veth: false,
             peer: None,
             peer_namespace: None,
             alias: None,
             queues: 1,
+            xdp: None,
         };
         for attribute in message.attributes {
             match attribute {
@@ -133,6 +151,7 @@ impl Link {
                 LinkAttribute::Link(index) => link.peer = Some(index),
                 LinkAttribute::LinkNetNsId(id) => link.peer_namespace = Some(id),
                 LinkAttribute::NumTxQueues(queues) => link.queues = queues,
+                LinkAttribute::Xdp(parts) => link.xdp = attached_xdp(&parts),
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias),
                 LinkAttribute::LinkInfo(infos) => link.veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth)),
                 _ => {}
@@ -140,6 +159,17 @@ impl Link {
         }
         link
     }
+}
+
+fn attached_xdp(parts: &[LinkXdp]) -> Option<AttachedXdp> {
+    let program = parts.iter().find_map(|part| match part {
+        LinkXdp::ProgId(program) => Some(*program),
+        _ => None,
+    })?;
+    let native = parts
+        .iter()
+        .any(|part| matches!(part, LinkXdp::Attached(XdpAttached::Driver | XdpAttached::Hardware)));
+    Some(AttachedXdp { native, program })
 }
 
 /// One end of a veth pair that is to be made.
@@ -336,13 +366,27 @@ impl Netlink {
             .map_err(|error| refused(format!("give interface {} {}", link.name, what.join(" and ")), error))
     }
 
-    /// Moves an interface to another namespace, where it gets another name. It arrives down, without addresses.
-    pub async fn move_link(&self, link: &Link, namespace: impl AsFd, name: &str) -> Result<(), NetlinkError> {
+    /// Moves an interface to another namespace, where it gets another name and, unless it is to keep its own, another index
+    /// (Linux 5.13 and later). It arrives down, without addresses.
+    ///
+    /// # Errors
+    ///
+    /// EEXIST when the name is taken there, EBUSY when the index is.
+    pub async fn move_link(
+        &self,
+        link: &Link,
+        namespace: impl AsFd,
+        name: &str,
+        index: Option<u32>,
+    ) -> Result<(), NetlinkError> {
         self.set_down(link).await?;
-        let message = LinkUnspec::new_with_index(link.index)
+        let mut message = LinkUnspec::new_with_index(link.index)
             .name(name.to_owned())
             .setns_by_fd(namespace.as_fd().as_raw_fd())
             .build();
+        if let Some(index) = index.and_then(|index| i32::try_from(index).ok()) {
+            message.attributes.push(LinkAttribute::NewIfIndex(index));
+        }
         let what = format!("move interface {} to another namespace as {name}", link.name);
         self.handle.link().change(message).execute().await.map_err(|error| refused(what, error))
     }

@@ -10,7 +10,7 @@
 //! The NIC is known by its MAC. When a namespace ends, the kernel gives a NIC back to the namespace that the machine began
 //! with, under some name; what it was called and how it was set is kept, so that it is put back as it was.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +34,38 @@ pub struct Nic {
     pub interface: String,
     /// The pod's namespace.
     pub netns: PathBuf,
+    /// Its index on the node; 0 = nobody knows any more.
+    #[serde(default)]
+    pub home_index: u32,
+    /// The index that the agent chose for it in the pod; 0 = none yet.
+    #[serde(default)]
+    pub index: u32,
+}
+
+/// Where a pod's NIC was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// As it is on the node; `None` = it is in the pod already.
+    pub on_node: Option<Nic>,
+    /// Its index in the pod, when it is there.
+    pub inside: Option<u32>,
+    /// Indexes that it cannot have: those of all other interfaces of the node and of the pod.
+    pub taken: BTreeSet<u32>,
+}
+
+/// The first index that the agent gives. The kernel counts from 1 and does not come here; the low 16 bits are not those
+/// of a node's first interfaces, which would share entries of `POD_IF_DIRECT` with them.
+const FIRST_INDEX: u32 = (1 << 30) + (1 << 15);
+
+/// An index for a NIC in its pod that is not taken: the first of `preferred` that will do, or the lowest.
+///
+/// Each network namespace counts its interfaces anew, so that what the kernel gives is not one of its kind on the node.
+/// The programs, their pins and the tables know a NIC by its index.
+pub fn choose_index(preferred: impl IntoIterator<Item = u32>, taken: &BTreeSet<u32>) -> u32 {
+    let free = |index: &u32| !taken.contains(index);
+    let mut own = preferred.into_iter().filter(|index| *index >= FIRST_INDEX);
+    // More indexes than a node can have NICs.
+    own.find(free).or_else(|| (FIRST_INDEX..=i32::MAX.unsigned_abs()).find(free)).unwrap_or(FIRST_INDEX)
 }
 
 /// Why a NIC is not where it should be.
@@ -69,21 +101,25 @@ pub enum NicError {
     Wiring(#[from] WiringError),
 }
 
-/// The NIC for a pod, as it is on the node now; none when it is in the pod already.
+/// The NIC for a pod, on the node or in the pod already.
 ///
 /// # Errors
 ///
 /// When there is none, or it is in use.
-pub async fn find(spec: &PodSpec, parents: &[&str]) -> Result<Option<Nic>, NicError> {
+pub async fn find(spec: &PodSpec, parents: &[&str]) -> Result<Found, NicError> {
     let (mac, netns) = (Mac(spec.mac), spec.netns.clone().unwrap_or_default());
     let namespace = Namespace::open(&netns)?;
     if namespace.same_as(&Namespace::current()?) {
         return Err(WiringError::HostNetwork(netns).into());
     }
-    if inside(&namespace, spec).await?.is_some() {
-        return Ok(None);
-    }
     let netlink = Netlink::open()?;
+    let in_pod = links(&namespace).await?;
+    let inside = own(&in_pod, &namespace, spec)?.map(|link| link.index);
+    let all = netlink.links().await?.into_iter().chain(in_pod);
+    let taken = all.filter(|link| link.mac != Some(spec.mac)).map(|link| link.index).collect();
+    if inside.is_some() {
+        return Ok(Found { on_node: None, inside, taken });
+    }
     let link = by_mac(&netlink, mac).await?.ok_or(NicError::Missing { mac })?;
     let used = |used| NicError::Used { interface: link.name.clone(), mac, used };
     if parents.contains(&link.name.as_str()) {
@@ -92,25 +128,30 @@ pub async fn find(spec: &PodSpec, parents: &[&str]) -> Result<Option<Nic>, NicEr
     if netlink.has_addresses(&link).await? {
         return Err(used("has addresses of the node: it is the node's own, or something else configures it"));
     }
-    let Link { name, mtu, .. } = link;
-    Ok(Some(Nic { mac, name, mtu, interface: spec.interface.clone(), netns }))
+    let Link { name, mtu, index: home_index, .. } = link;
+    let nic = Nic { mac, name, mtu, interface: spec.interface.clone(), netns, home_index, index: 0 };
+    Ok(Found { on_node: Some(nic), inside, taken })
 }
 
-/// Moves a NIC into its pod, unless it is there, and sets it up. Answers with its interface index there.
+/// Moves a NIC into its pod, unless it is there, and sets it up. There it has the index that was chosen for it; what comes
+/// with another one goes home first.
 ///
 /// # Errors
 ///
 /// When it cannot be moved or set up; the caller puts it back.
-pub async fn give(spec: &PodSpec, nic: &Nic) -> Result<u32, NicError> {
+pub async fn give(spec: &PodSpec, nic: &Nic) -> Result<(), NicError> {
     let namespace = Namespace::open(&nic.netns)?;
-    if inside(&namespace, spec).await?.is_none() {
+    let found = own(&links(&namespace).await?, &namespace, spec)?.map(|link| link.index);
+    if found.is_some_and(|index| index != nic.index) {
+        take_back(nic).await?;
+    }
+    if found != Some(nic.index) {
         let netlink = Netlink::open()?;
         let link = by_mac(&netlink, nic.mac).await?.ok_or(NicError::Missing { mac: nic.mac })?;
-        netlink.move_link(&link, &namespace, &nic.interface).await?;
+        netlink.move_link(&link, &namespace, &nic.interface, Some(nic.index)).await?;
     }
     wiring::wire_pod_side(spec, &namespace, Existing::Replace).await?;
-    let link = inside(&namespace, spec).await?.ok_or(NicError::Missing { mac: nic.mac })?;
-    Ok(link.index)
+    Ok(())
 }
 
 /// Takes a NIC back, as it was. One that went with its namespace is found where the kernel has put it; one that is
@@ -155,22 +196,26 @@ async fn send_home(nic: &Nic, home: &Namespace) -> Result<(), NicError> {
     let Some(link) = by_mac(&netlink, nic.mac).await? else { return Ok(()) };
     // Down, it loses its routes; on its way out, its addresses.
     netlink.set_down(&link).await?;
-    match netlink.move_link(&link, home, &nic.name).await {
-        Err(error) if error.is(libc::EEXIST) => {
-            let [.., a, b, c] = nic.mac.0;
-            Ok(netlink.move_link(&link, home, &format!("eni{a:02x}{b:02x}{c:02x}")).await?)
+    let [.., a, b, c] = nic.mac.0;
+    let (mut name, other) = (nic.name.clone(), format!("eni{a:02x}{b:02x}{c:02x}"));
+    let mut index = Some(nic.home_index).filter(|index| *index != 0);
+    loop {
+        match netlink.move_link(&link, home, &name, index).await {
+            // Another one came meanwhile and took the name, or the index.
+            Err(error) if error.is(libc::EEXIST) && name != other => name.clone_from(&other),
+            Err(error) if error.is(libc::EBUSY) && index.is_some() => index = None,
+            moved => return Ok(moved?),
         }
-        moved => Ok(moved?),
     }
 }
 
+async fn links(namespace: &Namespace) -> Result<Vec<Link>, NicError> {
+    Ok(namespace.run(async || Netlink::open()?.links().await).await??)
+}
+
 /// The pod's interface, when it is the NIC.
-async fn inside(namespace: &Namespace, spec: &PodSpec) -> Result<Option<Link>, NicError> {
-    let name = spec.interface.clone();
-    let found = namespace
-        .run(async move || -> Result<Option<Link>, NicError> { Ok(Netlink::open()?.find_link(&name).await?) })
-        .await??;
-    match found {
+fn own<'l>(links: &'l [Link], namespace: &Namespace, spec: &PodSpec) -> Result<Option<&'l Link>, NicError> {
+    match links.iter().find(|link| link.name == spec.interface) {
         Some(link) if link.mac == Some(spec.mac) => Ok(Some(link)),
         Some(link) => Err(WiringError::Taken {
             netns: namespace.path().to_owned(),
@@ -197,6 +242,14 @@ mod tests {
     use crate::{attachment::Extras, netlink::VethEnd};
 
     const MAC: [u8; 6] = [0xfa, 0x16, 0x3e, 0, 7, 7];
+
+    #[test]
+    fn indexes_are_chosen_from_a_range_of_their_own() {
+        let taken = BTreeSet::from([1, 2, FIRST_INDEX, FIRST_INDEX + 2]);
+        assert_eq!(choose_index([], &taken), FIRST_INDEX + 1);
+        assert_eq!(choose_index([FIRST_INDEX + 9, FIRST_INDEX + 1], &taken), FIRST_INDEX + 9);
+        assert_eq!(choose_index([0, 7, FIRST_INDEX + 2, FIRST_INDEX + 3], &taken), FIRST_INDEX + 3);
+    }
 
     #[test]
     fn a_nic_goes_into_its_pod_and_comes_back_as_it_was() {
@@ -233,18 +286,27 @@ mod tests {
                 };
                 let used = find(&spec, &["ens7"]).await.unwrap_err();
                 assert!(matches!(used, NicError::Used { .. }), "{used}");
-                let nic = find(&spec, &[]).await.unwrap().unwrap();
-                assert_eq!((nic.name.as_str(), nic.mtu), ("ens7", 1600));
-                give(&spec, &nic).await.unwrap();
-                give(&spec, &nic).await.unwrap();
-                assert_eq!(netlink.find_link("ens7").await.unwrap(), None);
-                assert_eq!(find(&spec, &[]).await.unwrap(), None);
-                wiring::verify(&spec).await.unwrap();
+                let found = find(&spec, &[]).await.unwrap();
+                let home_index = netlink.link("ens7").await.unwrap().index;
+                assert!(!found.taken.contains(&home_index) && found.taken.contains(&1), "{found:?}");
+                let mut nic = found.on_node.unwrap();
+                assert_eq!((nic.name.as_str(), nic.mtu, nic.home_index), ("ens7", 1600, home_index));
+                // The second index is given to what has the first.
+                for index in [FIRST_INDEX, FIRST_INDEX + 7] {
+                    nic.index = index;
+                    give(&spec, &nic).await.unwrap();
+                    give(&spec, &nic).await.unwrap();
+                    assert_eq!(netlink.find_link("ens7").await.unwrap(), None);
+                    let found = find(&spec, &[]).await.unwrap();
+                    assert_eq!((found.on_node, found.inside), (None, Some(index)));
+                    wiring::verify(&spec).await.unwrap();
+                }
 
                 take_back(&nic).await.unwrap();
                 take_back(&nic).await.unwrap();
                 let back = netlink.link("ens7").await.unwrap();
                 assert_eq!((back.mac, back.mtu, back.up), (Some(MAC), 1600, false));
+                assert_eq!(back.index, home_index);
                 let missing = find(&PodSpec { mac: [2; 6], ..spec.clone() }, &[]).await.unwrap_err();
                 assert!(matches!(missing, NicError::Missing { .. }), "{missing}");
             });

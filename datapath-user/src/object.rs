@@ -1,6 +1,8 @@
 //! The embedded kernel programs and how they are loaded: once for the pods, and once for each parent ENI, with its
 //! number as a constant. All loads share the pinned maps.
 
+use std::os::fd::AsFd as _;
+
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
     programs::{Program, ProgramError, ProgramFd, SchedClassifier, Xdp},
@@ -65,6 +67,14 @@ pub enum ObjectError {
     Missing {
         /// What.
         name: &'static str,
+    },
+    /// A map cannot be pinned again.
+    #[error("cannot pin map {name}: {source}")]
+    Pin {
+        /// Which.
+        name: &'static str,
+        /// What the system said.
+        source: std::io::Error,
     },
     /// The kernel refused a program.
     #[error("the kernel refused program {name}: {}", shortened(source))]
@@ -193,6 +203,23 @@ pub(crate) fn load_for_parent(
         }
         Ok(ebpf)
     })
+}
+
+/// Gives maps their pins again that somebody removed. The programs hold the maps.
+///
+/// # Errors
+///
+/// When one cannot be pinned.
+pub fn pin_again(ebpf: &Ebpf, pins: &Pins) -> Result<(), ObjectError> {
+    for name in maps::ALL {
+        let pin = pins.map(name);
+        if pin.exists() {
+            continue;
+        }
+        let map = ebpf.map(name).and_then(crate::tables::map_data).ok_or(ObjectError::Missing { name })?;
+        crate::sys::pin(map.fd().as_fd(), &pin).map_err(|source| ObjectError::Pin { name, source })?;
+    }
+    Ok(())
 }
 
 /// A tc program, loaded.

@@ -458,6 +458,22 @@ impl Pins {
         }
     }
 
+    /// Names of pinned maps that this version does not have.
+    pub fn unknown_maps(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.maps_dir()).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| !maps::ALL.contains(&name.as_str())).collect()
+    }
+
+    /// Removes them.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be removed.
+    pub fn remove_unknown_maps(&self) -> Result<(), PinError> {
+        self.unknown_maps().iter().try_for_each(|name| self.remove(&self.map(name)).map(drop))
+    }
+
     /// Removes all pins of all versions, and the directories that hold them.
     ///
     /// # Errors

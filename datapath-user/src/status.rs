@@ -12,6 +12,7 @@ use crate::{
     bandwidth::Bandwidth,
     net::Mac,
     run_file::{self, RunFileError},
+    settings::NodeChange,
 };
 
 /// Why the status cannot be read or written.
@@ -55,12 +56,24 @@ pub struct Status {
     /// The parent ENIs.
     pub parents: Vec<ParentStatus>,
     /// What was changed in the node's settings.
-    pub node_changes: Vec<String>,
+    pub node_changes: Vec<NodeChange>,
     /// The pods of the snapshot in force.
     pub pods: Vec<PodStatus>,
+    /// What happened lately on the node, and what was done about it; the newest last.
+    #[serde(default)]
+    pub events: Vec<Event>,
     /// Pods of which the source says what cannot be, and why; what they have stays.
     #[serde(default)]
     pub refused: Vec<String>,
+}
+
+/// Something that happened on the node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// When, in seconds since 1970.
+    pub at: u64,
+    /// What, and what was done.
+    pub what: String,
 }
 
 /// A parent ENI.
@@ -78,6 +91,12 @@ pub struct ParentStatus {
     pub xdp_mode: String,
     /// How tc programs are attached: `tcx` or `clsact`.
     pub tc: String,
+    /// Since when the interface is away, in seconds since 1970.
+    #[serde(default)]
+    pub gone_since: Option<u64>,
+    /// Since when it has no carrier, in seconds since 1970.
+    #[serde(default)]
+    pub no_carrier_since: Option<u64>,
     /// What is not as wished, and why.
     pub notes: Vec<String>,
 }

@@ -1,5 +1,6 @@
 //! System calls that aya does not offer: creating an XDP link without falling back to netlink, swapping the program behind a
-//! link of any kind, reading which interface a link belongs to, and maps whose layout is known at run time only.
+//! link of any kind, reading which interface a link belongs to, asking which programs are on a hook, and maps whose layout is
+//! known at run time only.
 
 use std::{
     ffi::CString,
@@ -14,6 +15,8 @@ use std::{
 
 use aya::maps::MapType;
 
+use crate::pin::Hook;
+
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
@@ -24,9 +27,13 @@ const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_MAP_FREEZE: libc::c_int = 22;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_LINK_DETACH: libc::c_int = 34;
 
 const BPF_XDP: u32 = 37;
+const BPF_TCX_INGRESS: u32 = 46;
+const BPF_TCX_EGRESS: u32 = 47;
 const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
 const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
@@ -123,6 +130,49 @@ pub(crate) fn open(path: &Path) -> io::Result<OwnedFd> {
     let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
     // SAFETY: the kernel made this descriptor for us a moment ago.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Programs that TCX runs on a hook, by id, in their order. Their names would need more capabilities than the agent keeps.
+pub(crate) fn tcx_programs(ifindex: u32, hook: Hook) -> io::Result<Vec<u32>> {
+    // As many as a hook takes (BPF_MPROG_MAX).
+    const MOST: usize = 64;
+    #[repr(C)]
+    struct Attr {
+        ifindex: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        pad: u32,
+        rest: [u64; 4],
+    }
+    let mut ids = [0_u32; MOST];
+    let mut attr = Attr {
+        ifindex,
+        attach_type: match hook {
+            Hook::In => BPF_TCX_INGRESS,
+            Hook::Out => BPF_TCX_EGRESS,
+        },
+        query_flags: 0,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: MOST as u32,
+        pad: 0,
+        rest: [0; 4],
+    };
+    // SAFETY: `struct { ... } query` of `union bpf_attr`; `ids` has room for `count` and outlives the call.
+    unsafe { bpf(BPF_PROG_QUERY, &mut attr) }?;
+    Ok(ids[..MOST.min(attr.count as usize)].to_vec())
+}
+
+/// Takes a pinned link's program from its interface, at once; without this that happens some time after the last reference
+/// to the link went.
+pub(crate) fn link_detach(path: &Path) -> io::Result<()> {
+    let link = open(path)?;
+    let mut attr = link.as_raw_fd() as u32;
+    // SAFETY: `struct { __u32 link_fd; } link_detach` of `union bpf_attr`.
+    unsafe { bpf(BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// What a pinned link is.
@@ -261,8 +311,8 @@ pub(crate) unsafe fn map_delete(map: impl AsFd, key: &[u8]) -> io::Result<bool> 
     }
 }
 
-/// All entries of a hash map without per-CPU values.
-pub(crate) fn hash_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>> {
+/// All entries of an array or a hash map without per-CPU values.
+pub(crate) fn map_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>> {
     let mut all = Vec::new();
     let each = |key: &[u8], value: &[u8]| {
         // SAFETY: each slice is as long as the type, of which every bit pattern is valid.
@@ -275,7 +325,7 @@ pub(crate) fn hash_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Resu
     Ok(all)
 }
 
-/// Hands out all entries of a hash map without per-CPU values. Bucket by bucket, each at one time: what stands in the map
+/// Hands out all entries of an array or a hash map without per-CPU values. Of a hash map bucket by bucket, each at one time: what stands in the map
 /// throughout is seen once, whatever programs add and remove meanwhile (kernel/bpf/hashtab.c,
 /// `__htab_map_lookup_and_delete_batch`).
 ///
@@ -300,7 +350,7 @@ pub(crate) unsafe fn for_each_entry(
         flags: u64,
     }
     let mut room = 4096;
-    // Where to go on: the number of a bucket.
+    // Where to go on: the number of a bucket, or the last key of an array.
     let mut at: Option<u32> = None;
     let (mut keys, mut values) = (Vec::new(), Vec::new());
     loop {

@@ -16,7 +16,10 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader, TestRun as _, TestRunOptions,
     maps::{Map, MapError, ProgramArray},
-    programs::{ProgramError, ProgramFd, SchedClassifier, TestRunResult, Xdp},
+    programs::{
+        LinkOrder, ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRunResult, Xdp, links::FdLink,
+        tc::TcAttachOptions,
+    },
 };
 use datapath_common::{
     abi::{Direction, Outcome, Spent},
@@ -561,6 +564,31 @@ impl Probe {
     pub fn fd(&self, name: &'static str) -> Result<&ProgramFd, ProgramsError> {
         fd(&self.0, name)
     }
+}
+
+/// Attaches a program that does nothing to tc ingress of an interface of this thread's namespace, before all others that are
+/// there, and pins its link.
+///
+/// # Errors
+///
+/// When the kernel has no TCX, or refuses it.
+pub fn pass_before_all(interface: &str, pin: &std::path::Path) -> Result<(), ProgramsError> {
+    const NAME: &str = "empty_tc";
+    if bpf_build::is_stub(PROBE) {
+        return Err(ObjectError::Stub.into());
+    }
+    let mut ebpf = EbpfLoader::new().load(PROBE)?;
+    let program = ebpf.program_mut(NAME).ok_or(ObjectError::Missing { name: NAME })?;
+    let attach = |program: &mut SchedClassifier| {
+        program.load()?;
+        let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program.attach_with_options(interface, TcAttachType::Ingress, first)?;
+        let other =
+            |error: &dyn std::error::Error| ProgramError::IOError(std::io::Error::other(error.to_string()));
+        let link = FdLink::try_from(program.take_link(id)?).map_err(|error| other(&error))?;
+        link.pin(pin).map(drop).map_err(|error| other(&error))
+    };
+    <&mut SchedClassifier>::try_from(program).and_then(attach).map_err(program_error(NAME))
 }
 
 /// Moves this thread into a network namespace of its own with interfaces of these indexes, so that packets can be said to

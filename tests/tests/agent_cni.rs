@@ -13,7 +13,7 @@ use datapath_common::abi::{Direction, Limits, Outcome};
 use datapath_user::{pin::Pins, tables::Maps};
 use eniway_tests::{
     lab::{
-        NetnsGuard,
+        Netns, NetnsGuard,
         agent::{eniway_binary, next_agent},
         net::{UdpEcho, udp_exchange},
     },
@@ -191,6 +191,27 @@ fn gc_takes_what_no_runtime_knows() -> Result {
     Ok(())
 }
 
+/// NICs `ens1`, `ens2`, ... of a node, with the MACs that its allocator gives, on a bridge in the gateway's namespace.
+fn add_nics(node: &Node, gateway: &Netns, count: u8) -> Result {
+    for words in [
+        "ip link add br0 address fa:ff:ff:00:00:01 type bridge",
+        "ip link set br0 up",
+        "ip addr add 10.1.16.1/20 dev br0",
+    ] {
+        gateway.exec(&words.split(' ').collect::<Vec<_>>())?;
+    }
+    for number in 1..=count {
+        let (nic, far) = (format!("ens{number}"), format!("n{number}"));
+        let mac = format!("fa:16:3e:00:00:{number:02x}");
+        let words =
+            ["ip", "link", "add", &nic, "mtu", "1600", "address", &mac, "type", "veth", "peer", "name", &far];
+        node.netns().exec(&words)?;
+        node.netns().exec(&["ip", "link", "set", &far, "netns", gateway.name()])?;
+        gateway.exec(&["ip", "link", "set", &far, "up", "mtu", "1600", "master", "br0"])?;
+    }
+    Ok(())
+}
+
 /// ```text
 ///   gateway's namespace: br0, 10.1.16.1 ── n1 ... n8 (MACs as the VPC gives them) ── node, then pods
 /// ```
@@ -203,22 +224,7 @@ fn an_exclusive_eni_goes_into_its_pod_and_comes_back() -> Result {
     node.use_exclusive(u32::from(NICS))?;
     let stands = sandboxes("cnieni", 3)?;
     let gateway = stands[2].0.netns();
-    for words in [
-        "ip link add br0 address fa:ff:ff:00:00:01 type bridge",
-        "ip link set br0 up",
-        "ip addr add 10.1.16.1/20 dev br0",
-    ] {
-        gateway.exec(&words.split(' ').collect::<Vec<_>>())?;
-    }
-    for number in 1..=NICS {
-        let (nic, far) = (format!("ens{number}"), format!("n{number}"));
-        let mac = format!("fa:16:3e:00:00:{number:02x}");
-        let words =
-            ["ip", "link", "add", &nic, "mtu", "1600", "address", &mac, "type", "veth", "peer", "name", &far];
-        node.netns().exec(&words)?;
-        node.netns().exec(&["ip", "link", "set", &far, "netns", gateway.name()])?;
-        gateway.exec(&["ip", "link", "set", &far, "up", "mtu", "1600", "master", "br0"])?;
-    }
+    add_nics(&node, gateway, NICS)?;
     node.start_agent()?;
     let before = node.netns().exec(&["ip", "-br", "link"])?;
     let _echo = UdpEcho::start(gateway, SocketAddrV4::new([10, 1, 16, 1].into(), 7000))?;
@@ -292,6 +298,76 @@ fn an_exclusive_eni_goes_into_its_pod_and_comes_back() -> Result {
     };
     assert_eq!(names(&node.netns().exec(&["ip", "-br", "link"])?), names(&before));
     assert!(!node.netns().exec(&["ip", "link"])?.contains("mtu 1500 qdisc noqueue state DOWN"), "as it was");
+    assert_eq!(node.traces()?, [""; 0]);
+    Ok(())
+}
+
+/// ```text
+///   pods 0 and 1: an interface that was there before has the NIC's index, so that the kernel would give it another,
+///   the same in both; the node has an interface of that index, too
+/// ```
+///
+/// Interface indexes are counted by each network namespace. The agent chooses those of ENIs, each once on the node.
+#[test]
+fn enis_are_told_apart_by_indexes_that_the_agent_chooses() -> Result {
+    let mut node = Node::new("cni-same", 2)?;
+    node.use_exclusive(3)?;
+    let stands = sandboxes("cnisame", 3)?;
+    let gateway = stands[2].0.netns();
+    add_nics(&node, gateway, 3)?;
+    let index = |netns: &Netns, name: &str| -> Result<String> {
+        let link = netns.exec(&["ip", "-o", "link", "show", name])?;
+        Ok(link.split(':').next().unwrap_or_default().to_owned())
+    };
+    for (stand, _) in &stands[..2] {
+        for (number, nic) in ["ens1", "ens2", "ens3"].into_iter().enumerate() {
+            let (taken, name) = (index(node.netns(), nic)?, format!("there{number}"));
+            stand.netns().exec(&["ip", "link", "add", &name, "index", &taken, "type", "veth"])?;
+        }
+    }
+    node.start_agent()?;
+    let to = SocketAddrV4::new([10, 1, 16, 1].into(), 7000);
+    let _echo = UdpEcho::start(gateway, to)?;
+    let mut addresses = Vec::new();
+    for (_, sandbox) in &stands[..2] {
+        let added = node.plugin("ADD", Some(sandbox), json!({ "mode": "exclusive-eni" }))?;
+        addresses.push(added.address().ok_or_else(|| format!("{added:?}\n{}", node.log()))?);
+    }
+    let indexes = [index(stands[0].0.netns(), "eth0")?, index(stands[1].0.netns(), "eth0")?];
+    assert_ne!(indexes[0], indexes[1]);
+    let count = |node: &Node, address| node.counted(address, Direction::Egress, Outcome::Wire);
+    let told_apart = |node: &Node| -> Result {
+        for (number, (stand, _)) in stands[..2].iter().enumerate() {
+            let before = [count(node, addresses[0])?, count(node, addresses[1])?];
+            udp_exchange(stand.netns(), 0, to, b"whose is it", Duration::from_secs(2))?;
+            let after = [count(node, addresses[0])?, count(node, addresses[1])?];
+            assert!(after[number] > before[number], "{before:?} {after:?}");
+            assert_eq!(after[1 - number], before[1 - number], "{before:?} {after:?}");
+        }
+        Ok(())
+    };
+    told_apart(&node)?;
+    // While no agent runs, somebody takes one out and puts it back, and its index is taken meanwhile.
+    node.kill_agent();
+    let (pod, home) = (stands[1].0.netns(), node.netns());
+    let moved = |from: &Netns, to: &Netns| from.exec(&["ip", "link", "set", "eth0", "netns", to.name()]);
+    moved(pod, home)?;
+    pod.exec(&["ip", "link", "add", "there9", "index", &indexes[1], "type", "veth"])?;
+    moved(home, pod)?;
+    let foreign = index(pod, "eth0")?;
+    assert_ne!(foreign, indexes[1]);
+    // The next agent gives it one of its own again.
+    node.start_agent()?;
+    let again = index(pod, "eth0")?;
+    assert!(![&foreign, &indexes[0], &indexes[1]].contains(&&again), "{again}\n{}", node.log());
+    assert_eq!(index(stands[0].0.netns(), "eth0")?, indexes[0]);
+    told_apart(&node)?;
+    // The end of one pod is not the end of the other's programs.
+    assert!(node.plugin("DEL", Some(&stands[0].1), json!({}))?.ok, "{}", node.log());
+    let before = count(&node, addresses[1])?;
+    udp_exchange(pod, 0, to, b"still here", Duration::from_secs(2))?;
+    assert!(count(&node, addresses[1])? > before);
+    assert!(node.plugin("DEL", Some(&stands[1].1), json!({}))?.ok, "{}", node.log());
     assert_eq!(node.traces()?, [""; 0]);
     Ok(())
 }

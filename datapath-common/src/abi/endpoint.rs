@@ -32,7 +32,8 @@ pub struct Endpoint {
     pub id: u32,
     /// The allocator's generation of this allocation; an older one never replaces a newer one.
     pub generation: u32,
-    /// Interface index of the host side of the pod's veth.
+    /// Interface index of the host side of the pod's veth; for an ENI in the pod, the one that the agent gave it there, which no
+    /// interface of the node has.
     pub ifindex: u32,
     /// Interface index of the parent ENI.
     pub parent_ifindex: u32,

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 use super::{Agent, Feed, exclusive::is_exclusive};
 use crate::{
     attachment::Attachment,
+    audit::Target,
     net,
     source::{Desired, Pod, Snapshot},
     tables::Index,
@@ -26,6 +27,10 @@ pub(crate) enum Ask {
     Look(String, Answer<Option<Box<View>>>),
     /// What runtimes asked for.
     Attachments(Answer<Vec<Attachment>>),
+    /// Write down what should be.
+    Expect(Answer<()>),
+    /// Repair what is said of these; the answer is what could not be.
+    Repair(BTreeSet<Target>, Answer<Vec<String>>),
     /// Why no pod could be added now.
     Problem(Answer<Option<String>>),
 }
@@ -86,6 +91,17 @@ impl Agent {
                 drop(answer.send(found.map(|(owner, pod)| Box::new(self.view(owner, pod)))));
             }
             Ask::Attachments(answer) => drop(answer.send(self.attachments.iter().cloned().collect())),
+            Ask::Expect(answer) => {
+                self.write_expected();
+                let _ = answer.send(());
+            }
+            Ask::Repair(targets, answer) => {
+                let what: Vec<String> = targets.iter().map(ToString::to_string).collect();
+                self.tell(log::Level::Info, format!("repairing on request: {}", what.join(", ")));
+                let problems = self.mend(&targets).await;
+                self.acknowledge();
+                let _ = answer.send(problems);
+            }
             Ask::Problem(answer) => drop(answer.send(self.problem())),
         }
     }

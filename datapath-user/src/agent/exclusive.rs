@@ -46,7 +46,8 @@ impl Agent {
         let parents: Vec<&str> = self.parents.iter().map(super::parent::Parent::name).collect();
         let found = nic::find(&spec, &parents).await?;
         let known = self.nics.get(&key(owner)).cloned();
-        let given = match (found, known) {
+        let before = known.as_ref().map_or(0, |nic| nic.index);
+        let mut given = match (found.on_node, known) {
             (Some(nic), _) => nic,
             (None, Some(nic)) => nic,
             // In the pod since a time of which nobody knows any more.
@@ -58,15 +59,32 @@ impl Agent {
                     mtu: pod.mtu.into(),
                     interface: pod.interface.to_string(),
                     netns: pod.netns.clone().unwrap_or_default(),
+                    home_index: 0,
+                    index: 0,
                 }
             }
         };
+        let taken = found.taken.union(&self.indexes_of_others(owner)?).copied().collect();
+        given.index = nic::choose_index(found.inside.into_iter().chain([before]), &taken);
+        if let Some(inside) = found.inside.filter(|index| *index != given.index) {
+            log::warn!(
+                "pod {}: its ENI has index {inside} there, which the agent did not choose; it is taken out and comes back \
+                 with {}",
+                pod.full_name(),
+                given.index
+            );
+            nic::take_back(&given).await?;
+            // Links stay on an interface that changes its namespace.
+            for stale in [Some(inside), record.map(|record| record.ifindex)].into_iter().flatten() {
+                self.detach_nic(stale)?;
+            }
+        }
         // Written down before it is moved: whatever happens, it can be taken back.
         self.nics.put(&key(owner), given.clone())?;
         match nic::give(&spec, &given).await {
-            Ok(ifindex) => {
+            Ok(()) => {
                 log::debug!("pod {} has {}, the ENI {}", pod.full_name(), given.name, given.mac);
-                self.nic_indexes.insert(owner, ifindex);
+                self.nic_indexes.insert(owner, given.index);
                 Ok(())
             }
             Err(error) => {
@@ -76,6 +94,19 @@ impl Agent {
                 Err(error.into())
             }
         }
+    }
+
+    /// Interface indexes that other pods' records, links and ENIs go by.
+    fn indexes_of_others(&self, owner: u64) -> Result<BTreeSet<u32>, AgentError> {
+        let own = key(owner);
+        let own_record = self.tables.pod(owner).map(|live| live.record.ifindex);
+        let own_nic = self.nics.get(&own).map(|nic| nic.index);
+        let nics =
+            self.nics.keys().filter(|key| **key != own).filter_map(|key| Some(self.nics.get(key)?.index));
+        let records = self.tables.pods().map(|pod| pod.record).filter(|record| record.owner != owner);
+        let pinned = self.pins.pinned_pods()?;
+        let pinned = pinned.into_iter().filter(|index| ![own_record, own_nic].contains(&Some(*index)));
+        Ok(nics.chain(records.map(|record| record.ifindex)).chain(pinned).collect())
     }
 
     /// Attaches the programs inside the pod and writes its record. Returns how much changed.
@@ -124,14 +155,20 @@ impl Agent {
             })
     }
 
+    /// Removes the links of a NIC, wherever it is. Filters of clsact go with the NIC's way to another namespace.
+    fn detach_nic(&self, ifindex: u32) -> Result<(), AgentError> {
+        for (_, hook) in PROGRAMS {
+            self.pins.remove(&self.pins.pod_tc(ifindex, hook))?;
+        }
+        Ok(())
+    }
+
     /// Takes a NIC back from its pod, if one was given.
     pub(super) async fn take_nic_back(&mut self, owner: u64) -> Result<(), AgentError> {
-        let ifindex = self.nic_indexes.remove(&owner);
+        self.nic_indexes.remove(&owner);
         let Some(nic) = self.nics.get(&key(owner)).cloned() else { return Ok(()) };
         nic::take_back(&nic).await?;
-        if let Some(ifindex) = ifindex {
-            self.detach_pod(ifindex)?;
-        }
+        self.detach_nic(nic.index)?;
         self.nics.remove(&key(owner));
         Ok(())
     }

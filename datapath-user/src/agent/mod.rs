@@ -8,11 +8,13 @@ mod error;
 mod exclusive;
 mod limits;
 mod listen;
+mod mend;
 mod parent;
 mod pods;
 mod policy;
 mod report;
 mod succession;
+mod watch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,6 +36,7 @@ pub(crate) use self::pods::pod_spec;
 use self::{
     asks::Waiter,
     listen::{Feed, Held, read_snapshot},
+    mend::Repairs,
     parent::Parent,
     policy::Policy,
 };
@@ -42,7 +45,9 @@ use crate::{
     api,
     attachment::Attachment,
     config::{self, Config, Metadata},
-    detach, feature,
+    detach,
+    events::Monitor,
+    feature,
     feature::TcKind,
     grace::Grace,
     kept::Kept,
@@ -54,6 +59,7 @@ use crate::{
     privilege::{self, Loader},
     reconcile::{self, Plan},
     service::Service,
+    settings::Settings,
     source::{Desired, Pod, Snapshot, file::SourceError},
     status::Status,
     tables::{Live, Tables, TablesError},
@@ -69,6 +75,8 @@ const TICK: Duration = Duration::from_secs(1);
 const CHECK_TICKS: u64 = 3;
 /// Ticks between looks at the node's settings, which other programs (networkd among them) may undo.
 const SETTINGS_TICKS: u64 = 15;
+/// Ticks between looks at all that others on the node may have changed.
+const NODE_TICKS: u64 = 60;
 /// Writers that do not rename write in several steps.
 const SETTLE: Duration = Duration::from_millis(30);
 
@@ -97,6 +105,7 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
     }
     let socket = LocalSocket::bind(&agent.config.run_dir.join(eniway_agent_api::SOCKET))?;
     let (server, mut asks) = api::serve(socket, agent.source.backing(), &agent.config.node);
+    let mut monitor = Monitor::open()?;
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // What is new goes to the status file once that is due, after everybody who waits for an answer has it.
@@ -114,6 +123,7 @@ pub async fn run(config: Config, until: Until) -> Result<(), AgentError> {
                 }
             },
             _ = ticks.tick() => agent.tick().await,
+            changes = monitor.next() => agent.notice(changes).await,
             Some(ask) = asks.recv() => agent.ask(ask).await,
             () = sleep_until(service.due()) => {
                 // Given by the loop itself: one that hangs gives none.
@@ -154,6 +164,8 @@ struct Agent {
     policy: Policy,
     /// The object whose pod programs are attached.
     pods: Ebpf,
+    /// The same once more: what stands on a hook while a program changes its place there.
+    copies: Ebpf,
     parents: Vec<Parent>,
     source: Feed,
     /// The file's document in force.
@@ -164,6 +176,9 @@ struct Agent {
     nics: Kept<Nic>,
     /// Interface indexes of ENIs in pods that were given or checked since the start, by owner.
     nic_indexes: BTreeMap<u64, u32>,
+    /// Settings of the node that were changed.
+    settings: Settings,
+    repairs: Repairs,
     waiters: Vec<Waiter>,
     /// What shall be: the snapshot in force, with the changes since.
     desired: Option<Rc<Desired>>,
@@ -180,6 +195,8 @@ struct Agent {
     ticks: u64,
     status: Status,
     written: Option<Status>,
+    /// What should be, as it was written last.
+    expected_text: Vec<u8>,
     /// The status file is not written before this.
     next_report: Instant,
     _locks: [Lock; 2],
@@ -248,6 +265,7 @@ impl Agent {
 
         // The kernel's verifier passes everything before anything is attached.
         let pods = object::load_for_pods(&config, takeover.place(), loader)?;
+        let copies = object::load_for_pods(&config, takeover.place(), loader)?;
         let mut tables = succession::tables(&mut takeover)?;
         let indexes = parent::numbers(&ifindexes, tables.pods());
         let parents = config
@@ -275,6 +293,7 @@ impl Agent {
         };
         let attachments = Kept::load(&config.run_dir, "attachments")?;
         let nics = Kept::load(&config.run_dir, "enis")?;
+        let settings = Settings::load(&config.run_dir)?;
         let mut agent = Self {
             config,
             pins,
@@ -283,12 +302,15 @@ impl Agent {
             tables,
             policy: Policy::default(),
             pods,
+            copies,
             parents,
             source,
             document: None,
             attachments,
             nics,
             nic_indexes: BTreeMap::new(),
+            settings,
+            repairs: Repairs::default(),
             waiters: Vec::new(),
             desired: None,
             held: None,
@@ -300,6 +322,7 @@ impl Agent {
             ticks: 0,
             status,
             written: None,
+            expected_text: Vec::new(),
             next_report: Instant::now(),
             _locks: locks,
         };
@@ -335,22 +358,23 @@ impl Agent {
         if self.ticks.is_multiple_of(CHECK_TICKS) {
             self.check_addresses().await;
             self.follow_queues().await;
-            let Self { parents, pins, kind, .. } = self;
-            let mut moved = false;
-            for parent in parents {
-                moved |= parent.follow(pins, *kind);
-            }
-            if moved || !self.faults.is_empty() || self.policy.fault.is_some() || self.lost_pods() {
+            let moved = self.follow_parents().await;
+            if !moved && (!self.faults.is_empty() || self.policy.fault.is_some() || self.lost_pods()) {
                 self.reconcile(None).await;
                 self.acknowledge();
             }
         }
-        if self.ticks.is_multiple_of(SETTINGS_TICKS) {
-            if let Some(desired) = self.desired.clone() {
-                self.prepare_parents(&desired).await;
-            }
-            let Self { parents, pins, .. } = self;
-            parents.iter_mut().for_each(|parent| parent.recheck_xdp(pins));
+        if self.ticks.is_multiple_of(SETTINGS_TICKS)
+            && let Some(desired) = self.desired.clone()
+        {
+            self.prepare_parents(&desired).await;
+        }
+        // The first look, too, so that what is wrong from the beginning on is told at once.
+        if self.ticks.is_multiple_of(SETTINGS_TICKS) || self.ticks == 1 {
+            self.check_parents().await;
+        }
+        if self.ticks.is_multiple_of(NODE_TICKS) {
+            self.check_node().await;
         }
     }
 
@@ -498,8 +522,9 @@ impl Agent {
     }
 
     async fn prepare_parents(&mut self, desired: &Desired) {
-        for parent in &mut self.parents {
-            parent.prepare(desired).await;
+        let Self { parents, settings, .. } = self;
+        for parent in parents {
+            parent.prepare(desired, settings).await;
         }
     }
 
@@ -516,6 +541,12 @@ impl Agent {
             if let Err(error) = self.take_down(ifindex).await {
                 log::error!("{error}");
             }
+        }
+        if let Err(error) = self.pins.remove_unknown_maps() {
+            log::error!("{error}");
+        }
+        if let Err(error) = self.remove_stray_veths().await {
+            log::error!("{error}");
         }
         for parent in parents.into_iter().filter(|parent| self.config.parent(parent).is_none()) {
             if net::ifindex(&parent).is_some_and(|ifindex| parents_in_use.contains(&ifindex)) {

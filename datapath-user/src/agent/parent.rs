@@ -11,9 +11,10 @@ use aya::{Ebpf, programs::ProgramFd};
 use datapath_common::abi::maps::MAX_PARENTS;
 use ipnet::Ipv4Net;
 
-use super::AgentError;
+use super::{AgentError, unix_seconds};
 use crate::{
     attach::{self, AttachError, Attached, Target},
+    audit::{Difference, ExpectedParent, Kind, is_first},
     config::{self, Config, Xdp},
     ethtool::{self, Offload},
     feature::TcKind,
@@ -21,6 +22,7 @@ use crate::{
     object::{self, ObjectError, program},
     pin::{Hook, LinkKind, Pins},
     privilege::Loader,
+    settings::{NodeChange, Settings},
     source::{Desired, Pod},
     status::ParentStatus,
     tables::Live,
@@ -28,6 +30,9 @@ use crate::{
 };
 
 const OFF: &str = "off";
+
+/// Its tc programs, by the way that they look.
+const PROGRAMS: [(&str, Hook); 2] = [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)];
 
 type Gateway = (Ipv4Net, Ipv4Addr, [u8; 6]);
 
@@ -42,6 +47,8 @@ pub(super) struct Parent {
     /// `None` while the interface is away.
     pub(super) ifindex: Option<u32>,
     ebpf: Ebpf,
+    /// The same once more: what stands on a hook while a program changes its place there.
+    copies: Ebpf,
     xdp_mode: &'static str,
     /// Why XDP does not run as configured.
     xdp_note: Option<String>,
@@ -50,9 +57,17 @@ pub(super) struct Parent {
     /// What is wrong with the node's settings for it.
     pub(super) settings_note: Option<String>,
     /// What was changed in the node's settings for it.
-    pub(super) changes: Vec<String>,
+    pub(super) changes: Vec<NodeChange>,
     /// The gateways that the node is prepared for, in order.
     gateways: Vec<Gateway>,
+    /// Whether its driver let the VLAN offload be turned off.
+    rxvlan_off: bool,
+    /// Since when it is away, in seconds since 1970.
+    gone_since: Option<u64>,
+    /// Since when it has no carrier.
+    no_carrier_since: Option<u64>,
+    /// What is wrong with its MTU.
+    mtu_note: Option<String>,
 }
 
 impl Parent {
@@ -66,17 +81,23 @@ impl Parent {
         loader: &Loader,
     ) -> Result<Self, ObjectError> {
         let ebpf = object::load_for_parent(config, parent, index, pins, loader)?;
+        let copies = object::load_for_parent(config, parent, index, pins, loader)?;
         Ok(Self {
             config: parent.clone(),
             index,
             ifindex: Some(ifindex),
             ebpf,
+            copies,
             xdp_mode: OFF,
             xdp_note: None,
             queue: 0,
             settings_note: None,
             changes: Vec::new(),
             gateways: Vec::new(),
+            rxvlan_off: false,
+            gone_since: None,
+            no_carrier_since: None,
+            mtu_note: None,
         })
     }
 
@@ -133,11 +154,82 @@ impl Parent {
         let Some(ifindex) = self.ifindex else { return Ok(()) };
         let interface = self.config.interface.as_str();
         let target = Target { interface, ifindex };
-        for (name, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
+        for (name, hook) in PROGRAMS {
             let program = object::tc(&mut self.ebpf, name)?;
             attach::attach_tc(kind, program, name, target, hook, &pins.parent_tc(interface, hook))?;
         }
         Ok(())
+    }
+
+    /// Attaches whatever is not attached, or not before all others.
+    pub(super) fn attach_again(&mut self, pins: &Pins, kind: TcKind) -> Result<(), AgentError> {
+        let Some(ifindex) = self.ifindex else { return Ok(()) };
+        self.attach_xdp(pins, &mut Vec::new())?;
+        let interface = self.config.interface.as_str();
+        let first = |(program, hook): &(&'static str, Hook)| {
+            is_first(&pins.parent_tc(interface, *hook), interface, ifindex, *hook, program)
+        };
+        if kind == TcKind::Clsact {
+            return self.attach_tc(pins, kind);
+        }
+        if PROGRAMS.iter().all(first) {
+            return Ok(());
+        }
+        for (name, hook) in PROGRAMS.iter().filter(|it| !first(it)) {
+            let copy = object::tc(&mut self.copies, name)?;
+            let program = object::tc(&mut self.ebpf, name)?;
+            let pin = pins.parent_tc(interface, *hook);
+            attach::attach_first(program, copy, name, Target { interface, ifindex }, *hook, &pin)?;
+        }
+        Ok(())
+    }
+
+    /// Takes note of what nothing on the node can repair. Answers with what is new.
+    pub(super) fn observe(&mut self, differences: &[Difference]) -> Vec<(log::Level, String)> {
+        let mut told = Vec::new();
+        let name = self.config.interface.as_str();
+        let of = |kind| differences.iter().find(|difference| difference.kind == kind);
+        match (of(Kind::Carrier), self.no_carrier_since) {
+            (Some(_), None) => {
+                self.no_carrier_since = Some(unix_seconds());
+                told.push((log::Level::Error, format!("parent ENI {name} has lost its carrier")));
+            }
+            (None, Some(since)) => {
+                self.no_carrier_since = None;
+                let lasted = unix_seconds().saturating_sub(since);
+                told.push((
+                    log::Level::Info,
+                    format!("parent ENI {name} has its carrier again, after {lasted} s"),
+                ));
+            }
+            _ => {}
+        }
+        let note = of(Kind::ParentMtu).map(|difference| {
+            format!(
+                "{difference}: what the pods send larger is lost; raise it, or give the pods a smaller one"
+            )
+        });
+        if let Some(note) = &note
+            && self.mtu_note.as_ref() != Some(note)
+        {
+            told.push((log::Level::Error, format!("parent ENI {name}: {note}")));
+        } else if note.is_none() && self.mtu_note.is_some() {
+            told.push((log::Level::Info, format!("parent ENI {name} carries what its pods send again")));
+        }
+        self.mtu_note = note;
+        told
+    }
+
+    /// What should be of it, but for its pods' MTU.
+    pub(super) fn expected(&self) -> ExpectedParent {
+        ExpectedParent {
+            interface: self.name().to_owned(),
+            ifindex: self.ifindex,
+            gateways: self.gateways.clone(),
+            xdp_generic: (self.xdp_mode != OFF).then_some(self.config.generic_xdp),
+            rxvlan_off: self.rxvlan_off,
+            mtu: 0,
+        }
     }
 
     /// Follows the interface if it went away or came back, as another one of the same name. Returns whether it did.
@@ -147,11 +239,11 @@ impl Parent {
             return false;
         }
         self.ifindex = ifindex;
+        self.gone_since = if ifindex.is_none() { Some(unix_seconds()) } else { None };
+        self.no_carrier_since = None;
         if ifindex.is_none() {
-            log::error!("parent ENI {} is gone; its pods wait for it", self.name());
             return true;
         }
-        log::warn!("parent ENI {} is another interface now", self.name());
         let attached = self.attach_xdp(pins, &mut Vec::new()).map_err(AgentError::from);
         if let Err(error) = attached.and_then(|()| self.attach_tc(pins, kind)) {
             log::error!("{error}");
@@ -175,7 +267,7 @@ impl Parent {
     }
 
     /// Readies the interface and the node's routing for the pods of a snapshot.
-    pub(super) async fn prepare(&mut self, desired: &Desired) {
+    pub(super) async fn prepare(&mut self, desired: &Desired, known: &mut Settings) {
         if self.ifindex.is_none() {
             return;
         }
@@ -191,9 +283,10 @@ impl Parent {
             gateways: gateways.clone(),
             fair_queue: self.config.fair_queue,
         };
-        let (ready, note) = match parent::prepare(&spec).await {
+        let (ready, note) = match parent::prepare(&spec, known).await {
             Ok(prepared) => {
                 self.changes = prepared.changes;
+                self.rxvlan_off = prepared.rxvlan_off;
                 (true, prepared.queue_fault)
             }
             Err(error) => (false, Some(error.to_string())),
@@ -214,8 +307,12 @@ impl Parent {
     }
 
     pub(super) fn status(&self, kind: TcKind) -> ParentStatus {
-        let gone = self.ifindex.is_none().then(|| "the interface is gone".to_owned());
-        let notes = [gone, self.xdp_note.clone(), self.settings_note.clone()];
+        let since = |since: Option<u64>| since.map(|since| format!(" since {since} (seconds since 1970)"));
+        let gone = self.ifindex.is_none();
+        let gone =
+            gone.then(|| format!("the interface is gone{}", since(self.gone_since).unwrap_or_default()));
+        let carrier = since(self.no_carrier_since).map(|since| format!("no carrier{since}"));
+        let notes = [gone, carrier, self.mtu_note.clone(), self.xdp_note.clone(), self.settings_note.clone()];
         ParentStatus {
             interface: self.name().to_owned(),
             index: self.index,
@@ -223,6 +320,8 @@ impl Parent {
             xdp_wanted: self.config.xdp.name().to_owned(),
             xdp_mode: self.xdp_mode.to_owned(),
             tc: kind.name().to_owned(),
+            gone_since: self.gone_since,
+            no_carrier_since: self.no_carrier_since,
             notes: notes.into_iter().flatten().collect(),
         }
     }

@@ -25,7 +25,7 @@ use crate::{
     config::{Config, FastPath},
     policy::PolicyState,
     source::{Desired, Pod},
-    tables::{GRACE, Tables, TablesError, Written},
+    tables::{GRACE, PolicyDigest, Tables, TablesError, Written},
 };
 
 /// What the agent knows of what is in force.
@@ -38,12 +38,30 @@ pub(super) struct Policy {
     in_force: bool,
     /// Whether the flows are over that what is in force does not allow.
     swept: bool,
+    /// The epoch that the groups were put in force by, and what stands in the maps since, in short.
+    epoch: Option<u32>,
+    digest: Option<PolicyDigest>,
     reported: Option<PolicyState>,
     /// Why the groups are not in force as they should be.
     pub(super) fault: Option<String>,
 }
 
 impl Policy {
+    /// Puts everything in force anew, whatever stands in the maps.
+    pub(super) fn write_anew(&mut self) {
+        self.written = Written::default();
+        self.in_force = false;
+    }
+
+    /// What stands in the maps, in short; none while the groups are not in force as they should be.
+    pub(super) fn digest(&mut self, classes: usize) -> Option<PolicyDigest> {
+        let epoch = self.epoch.filter(|_| self.in_force && self.fault.is_none())?;
+        if self.digest.as_ref().is_none_or(|digest| digest.epoch != epoch) {
+            self.digest = self.written.digest(epoch, classes);
+        }
+        self.digest.clone()
+    }
+
     /// The class of a pod, and its flags.
     pub(super) fn of(&self, config: &Config, owner: u64, pod: &Pod) -> (u32, u32) {
         let flags = flags(config, pod);
@@ -165,6 +183,8 @@ impl Agent {
             let policy = &mut self.policy;
             let rows = self.tables.maps.policy.enforce(&policy.compiled.tables, &mut policy.written)?;
             policy.in_force = true;
+            policy.epoch = Some(self.tables.maps.policy.epoch()?);
+            policy.digest = None;
             log::debug!("security groups of revision {}: {rows} rows written", desired.groups.revision);
         }
         let began = Instant::now();

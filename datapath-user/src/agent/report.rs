@@ -29,6 +29,8 @@ impl Agent {
         if let Some(desired) = self.desired.clone() {
             self.report_policy(&desired);
         }
+        // First, so that who sees the status finds it.
+        self.write_expected();
         if self.written.as_ref() != Some(&self.status) {
             match self.status.write(&self.config.run_dir) {
                 Ok(()) => self.written = Some(self.status.clone()),

@@ -7,15 +7,16 @@ mod backing;
 mod request;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     path::Path,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
 use eniway_agent_api::{
-    self as proto, AddRequest, AddResponse, CheckRequest, CheckResponse, DelRequest, DelResponse, GcRequest,
-    GcResponse, Reason, StatusRequest, StatusResponse,
+    self as proto, AddRequest, AddResponse, CheckRequest, CheckResponse, DelRequest, DelResponse,
+    ExpectRequest, ExpectResponse, GcRequest, GcResponse, Reason, RepairRequest, RepairResponse,
+    StatusRequest, StatusResponse,
     agent_server::{Agent, AgentServer},
 };
 use eniway_ipam::rpc::{LocalSocket, local_only};
@@ -32,6 +33,7 @@ pub(crate) use self::backing::Backing;
 use crate::{
     agent::asks::{Answer, Ask, Refused, View},
     attachment::Attachment,
+    audit::Target,
     net::Mac,
     netns::{Namespace, NetnsError},
     wiring,
@@ -109,6 +111,24 @@ impl Agent for Service {
 
     async fn gc(&self, request: Request<GcRequest>) -> Result<Response<GcResponse>, Status> {
         self.call(|inner| async move { inner.gc(request.into_inner()).await }).await
+    }
+
+    async fn expect(&self, _: Request<ExpectRequest>) -> Result<Response<ExpectResponse>, Status> {
+        self.inner.ask(Ask::Expect).await?;
+        Ok(Response::new(ExpectResponse {}))
+    }
+
+    async fn repair(&self, request: Request<RepairRequest>) -> Result<Response<RepairResponse>, Status> {
+        let RepairRequest { pods, parents, tables, leftovers } = request.into_inner();
+        let mut targets: BTreeSet<Target> = pods.into_iter().map(Target::Pod).collect();
+        targets.extend(parents.into_iter().map(Target::Parent));
+        targets.extend(tables.then_some(Target::Tables));
+        targets.extend(leftovers.then_some(Target::Leftovers));
+        let repair = async |inner: Arc<Inner>| {
+            let problems = inner.ask(|answer| Ask::Repair(targets, answer)).await?;
+            Ok(RepairResponse { problems })
+        };
+        self.call(repair).await
     }
 }
 

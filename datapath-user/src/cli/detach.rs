@@ -21,6 +21,7 @@ pub struct Args {
 struct Report<'a> {
     pods: &'a [String],
     parents: &'a [String],
+    left: &'a [String],
     problems: &'a [String],
 }
 
@@ -33,15 +34,18 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let config = Config::load(&args.target.config)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CliError::Runtime)?;
-    let Detached { pods, parents, problems } = runtime.block_on(detach::detach(&config))?;
+    let Detached { pods, parents, left, problems } = runtime.block_on(detach::detach(&config))?;
     if args.target.json {
-        print_json(&Report { pods: &pods, parents: &parents, problems: &problems })?;
+        print_json(&Report { pods: &pods, parents: &parents, left: &left, problems: &problems })?;
     } else {
         let mut out = String::new();
         for (what, names) in [("pods", &pods), ("parent ENIs", &parents)] {
             let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
             // Writing to a string cannot fail.
             let _ = writeln!(out, "detached from {what}: {names}");
+        }
+        for what in &left {
+            let _ = writeln!(out, "left: {what}");
         }
         print(&out)?;
     }

@@ -1,8 +1,9 @@
-//! The commands that show what runs: `eniway status`, `pods`, `counters`, `policy`, `trace`; and `detach`, which ends it.
+//! The commands that show what runs: `eniway status`, `audit`, `pods`, `counters`, `policy`, `trace`; and `detach`, which ends it.
 //!
 //! They read the agent's status file for names and wishes, and the pinned tables for what is. Neither needs a running
 //! agent; without one, a line on standard error says so.
 
+pub mod audit;
 pub mod counters;
 pub mod detach;
 pub mod ipam;
@@ -47,6 +48,12 @@ pub enum CliError {
     /// The pinned tables.
     #[error(transparent)]
     Tables(#[from] TablesError),
+    /// What should be, as the agent wrote it.
+    #[error(transparent)]
+    Expected(#[from] crate::audit::ExpectedError),
+    /// Comparing the node with it.
+    #[error(transparent)]
+    Audit(#[from] crate::audit::AuditError),
     /// Removing everything.
     #[error(transparent)]
     Detach(#[from] crate::detach::DetachError),

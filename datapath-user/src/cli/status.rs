@@ -12,7 +12,13 @@ use super::{
     probe::{self, Probe},
     table::{Align, Table, duration, number},
 };
-use crate::{privilege, status::Status};
+use crate::{
+    feature::TcKind,
+    grace::Grace,
+    privilege,
+    settings::NodeChange,
+    status::{Event, ParentStatus, Status},
+};
 
 /// Show the agent's health and what it holds on this node
 #[derive(Debug, clap::Args)]
@@ -23,6 +29,9 @@ pub struct Args {
     /// others
     #[arg(long, value_name = "WHAT")]
     probe: Option<Probe>,
+    /// Show only what eniway has changed on the node outside of its own interfaces, with what was before
+    #[arg(long)]
+    node_changes: bool,
 }
 
 #[derive(Serialize)]
@@ -53,6 +62,13 @@ pub fn run(args: &Args) -> Result<(), CliError> {
         // Says which file, and that nothing has run.
         return Status::read(&node.config.run_dir).map(drop).map_err(CliError::from);
     };
+    if args.node_changes {
+        let changes = node_changes(&node, status);
+        return match args.target.json {
+            true => print_json(&changes),
+            false => print(&changes_text(&changes)),
+        };
+    }
     let (pods_programmed, flows) = match node.maps_or_note() {
         Some(maps) => {
             let complete = maps.pods()?.into_iter().filter(|pod| pod.missing == 0);
@@ -63,6 +79,44 @@ pub fn run(args: &Args) -> Result<(), CliError> {
     let capabilities = privilege::held_by(status.pid).filter(|_| node.running);
     let report = Report { running: node.running, pods_programmed, flows, capabilities, status };
     if args.target.json { print_json(&report) } else { print(&text(&report, &node)) }
+}
+
+/// What the agent holds, and what it holds only now and then.
+fn node_changes(node: &Node, status: &Status) -> Vec<NodeChange> {
+    let mut changes = status.node_changes.clone();
+    if status.parents.iter().any(|parent| parent.tc == TcKind::Clsact.name()) {
+        let clsact = |parent: &ParentStatus| NodeChange::new(format!("{}: qdisc clsact", parent.interface));
+        changes.extend(status.parents.iter().map(clsact));
+    }
+    if Grace::is_left_turned(&node.config.run_dir) {
+        let what = match node.running {
+            true => "/sys/kernel/rcu_expedited = 1, while programs are attached",
+            false => {
+                "/sys/kernel/rcu_expedited = 1, left by an agent that was killed; `eniway audit --fix` puts it back"
+            }
+        };
+        changes.push(NodeChange { what: what.to_owned(), was: Some("0".to_owned()) });
+    }
+    // Two parents have some in common.
+    let mut seen = Vec::new();
+    changes.retain(|change| {
+        !seen.contains(change) && {
+            seen.push(change.clone());
+            true
+        }
+    });
+    changes
+}
+
+fn changes_text(changes: &[NodeChange]) -> String {
+    if changes.is_empty() {
+        return "eniway has changed nothing on this node\n".to_owned();
+    }
+    let mut table = Table::new(&[("CHANGE", Align::Left), ("BEFORE", Align::Left)]);
+    for NodeChange { what, was } in changes {
+        table.row([what.clone(), was.clone().unwrap_or_else(|| "-".to_owned())]);
+    }
+    table.to_string()
 }
 
 fn text(report: &Report<'_>, node: &Node) -> String {
@@ -133,7 +187,10 @@ fn text(report: &Report<'_>, node: &Node) -> String {
             let _ = writeln!(out, "  {}: {note}", parent.interface);
         }
     }
-    section(&mut out, "changed on this node", status.node_changes.iter().cloned());
+    let changes = node_changes(node, status);
+    section(&mut out, "changed on this node", changes.iter().map(ToString::to_string));
+    let happened = |event: &Event| format!("{} ago: {}", since(event.at), event.what);
+    section(&mut out, "lately", status.events.iter().map(happened));
     let errors =
         status.pods.iter().filter_map(|pod| Some(format!("{}: {}", full_name(pod), pod.error.as_ref()?)));
     section(&mut out, "pods with errors", errors);

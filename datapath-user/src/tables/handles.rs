@@ -44,6 +44,15 @@ raw!(Endpoint, FlowKey, Flow, FragmentKey, Fragment, VipKey, CounterRow, Carried
 raw!(Bandwidth, Spent);
 raw!(VerdictRow, ClassGroups, ProgramRow, Page, PairKey, Admitted);
 
+/// A direct table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direct {
+    /// By interface index.
+    Interface,
+    /// By IPv4 address.
+    Ipv4,
+}
+
 /// Handles to all maps.
 pub struct Maps {
     endpoint: Array<MapData, Raw<Endpoint>>,
@@ -105,10 +114,20 @@ pub(super) fn entries<K: Pod, V: Pod>(
     hash: &HashMap<MapData, K, V>,
 ) -> Result<Vec<(K, V)>, TablesError> {
     let failed = |io_error| SyscallError { call: "bpf_map_lookup_batch", io_error };
-    sys::hash_entries(hash.map().fd())
+    sys::map_entries(hash.map().fd())
         .map_err(failed)
         .map_err(MapError::from)
         .map_err(self::failed(map, "walk"))
+}
+
+/// All entries of an array.
+fn array_entries<V: Pod>(
+    map: &'static str,
+    array: &Array<MapData, V>,
+) -> Result<impl Iterator<Item = (u32, V)> + use<V>, TablesError> {
+    let failed = |io_error| SyscallError { call: "bpf_map_lookup_batch", io_error };
+    let all = sys::map_entries(array.map().fd()).map_err(failed).map_err(MapError::from);
+    all.map(Vec::into_iter).map_err(self::failed(map, "walk"))
 }
 
 /// Removes entries of a hash map that programs write.
@@ -400,6 +419,33 @@ impl Maps {
             + renew(maps::POD_IP4_DIRECT, &mut self.pod_ip4_direct, &by_ip4)?)
     }
 
+    /// The entries of a direct table that are not 0.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn direct_entries(&self, table: Direct) -> Result<Vec<(u32, u32)>, TablesError> {
+        let (map, array) = match table {
+            Direct::Interface => (maps::POD_IF_DIRECT, &self.pod_if_direct),
+            Direct::Ipv4 => (maps::POD_IP4_DIRECT, &self.pod_ip4_direct),
+        };
+        array_entries(map, array).map(|all| all.filter(|(_, slot)| *slot != 0).collect())
+    }
+
+    /// Whether the bits of `HOST_DST_BITS` are those of these prefixes.
+    ///
+    /// # Errors
+    ///
+    /// When the map cannot be read.
+    pub fn host_dst_bits_are_of<'a>(
+        &self,
+        prefixes: impl Iterator<Item = &'a Ipv4Net>,
+    ) -> Result<bool, TablesError> {
+        let wanted = direct::host_dst_bits(prefixes);
+        let mut found = array_entries(maps::HOST_DST_BITS, &self.host_dst_bits)?;
+        Ok(found.all(|(i, word)| wanted.get(&i).copied().unwrap_or(0) == word))
+    }
+
     /// Every index that is set, with its slot.
     ///
     /// # Errors
@@ -407,14 +453,9 @@ impl Maps {
     /// When a map cannot be read.
     pub fn indexes(&self) -> Result<Vec<(Index, u32)>, TablesError> {
         let mut all = Vec::new();
-        for parent in 0..self.subeni.len() / VLANS {
-            for vid in 0..VLANS {
-                let key = Index::Vlan { parent: parent as u16, vid: vid as u16 };
-                let slot = self.slot(key)?;
-                if slot != 0 {
-                    all.push((key, slot));
-                }
-            }
+        for (at, slot) in array_entries(maps::SUBENI, &self.subeni)?.filter(|(_, slot)| *slot != 0) {
+            let key = Index::Vlan { parent: (at / VLANS) as u16, vid: (at % VLANS) as u16 };
+            all.push((key, slot));
         }
         let pods = self.ids();
         let by_ip4 = keys(maps::POD_IP4, self.pod_ip4.keys(), pods)?.into_iter().map(Index::Ipv4);
@@ -764,7 +805,8 @@ fn cpus() -> Result<usize, TablesError> {
     nr_cpus().map_err(|(file, source)| TablesError::Cpus { file, source })
 }
 
-fn map_data(map: &Map) -> Option<&MapData> {
+/// What a map is opened by, whatever its kind.
+pub(crate) fn map_data(map: &Map) -> Option<&MapData> {
     match map {
         Map::Array(data)
         | Map::HashMap(data)

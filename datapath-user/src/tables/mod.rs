@@ -17,10 +17,10 @@ use std::{
 use aya::{maps::MapError, sys::SyscallError};
 use datapath_common::abi::Endpoint;
 
-pub(crate) use self::handles::layout_of;
+pub(crate) use self::handles::{layout_of, map_data};
 pub use self::{
-    handles::Maps,
-    policy::{PolicyMaps, Written},
+    handles::{Direct, Maps},
+    policy::{PolicyDigest, PolicyMaps, Written},
 };
 use crate::{error::whole, net};
 
@@ -438,6 +438,27 @@ impl Tables {
         }
         self.maps.renew_direct()?;
         Ok(removed)
+    }
+
+    /// Makes the maps what was written to them: records that somebody changed are written anew, to a fresh slot, and every
+    /// index points where it should. Returns how many entries changed.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read or written, or every slot rests.
+    pub fn mend(&mut self) -> Result<usize, TablesError> {
+        let mut changes = 0;
+        let all: Vec<Live> = self.live.values().copied().collect();
+        for live in all {
+            let Live { slot, record, .. } = live;
+            if self.maps.record(slot)? == record {
+                changes += self.point(&record, slot, None)?;
+                self.live.insert(record.owner, Live { missing: 0, ..live });
+            } else {
+                changes += self.change(live, &record)?.changes;
+            }
+        }
+        Ok(changes + self.sweep()?)
     }
 
     /// Cleans slots and ids that have rested. To be called now and then, so that `ENDPOINT` shows no dead records.

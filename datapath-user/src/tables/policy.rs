@@ -11,6 +11,7 @@ use datapath_common::abi::{
     },
 };
 use eniway_policy::compile::Tables as Rules;
+use serde::{Deserialize, Serialize};
 
 use super::{
     TablesError,
@@ -27,6 +28,76 @@ pub struct PolicyMaps {
     rules: Array<MapData, Raw<Page>>,
     pairs: HashMap<MapData, Raw<PairKey>, Raw<Admitted>>,
     pair_mark: Array<MapData, u32>,
+}
+
+/// What stands in the maps of security groups, in short.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyDigest {
+    /// The epoch.
+    pub epoch: u32,
+    /// All verdicts.
+    verdicts: u64,
+    /// The groups of all classes, in the half that is in force.
+    classes: u64,
+    /// Which groups have programs there.
+    groups: Vec<(u32, bool)>,
+    /// Where they begin.
+    programs: u64,
+    /// Pages of programs there.
+    pages: u32,
+    /// What stands on them.
+    rules: u64,
+}
+
+impl PolicyDigest {
+    /// By map.
+    pub fn parts(&self) -> [(&'static str, u64); 5] {
+        [
+            (maps::EPOCH, self.epoch.into()),
+            (maps::VERDICT, self.verdicts),
+            (maps::CLASS, self.classes),
+            (maps::PROGRAM, self.programs),
+            (maps::RULES, self.rules),
+        ]
+    }
+
+    /// Of what a half should hold.
+    fn of(epoch: u32, classes: u32, rules: &Rules, verdicts: &Verdicts) -> Self {
+        let none = Vec::new();
+        let verdicts =
+            (1..classes).map(|class| full(verdicts.get(&class).unwrap_or(&none)).verdicts.to_vec());
+        let lists = (1..classes).map(|class| rules.lists.get(&class).copied().unwrap_or_default());
+        let starts = rules.programs.values().map(|starts| {
+            let mut row = [0; CLASSES];
+            row[..starts.len()].copy_from_slice(starts);
+            words(row)
+        });
+        let pages = rules.words.chunks(PAGE_WORDS).map(|some| {
+            let mut page = [0; PAGE_WORDS];
+            page[..some.len()].copy_from_slice(some);
+            words(page)
+        });
+        Self {
+            epoch,
+            verdicts: digest(verdicts),
+            classes: digest(lists.map(|list| words(list.groups))),
+            groups: rules.programs.keys().copied().collect(),
+            programs: digest(starts),
+            pages: rules.words.chunks(PAGE_WORDS).count() as u32,
+            rules: digest(pages),
+        }
+    }
+}
+
+fn words<W: Into<u64>>(words: impl IntoIterator<Item = W>) -> Vec<u8> {
+    words.into_iter().flat_map(|word| word.into().to_le_bytes()).collect()
+}
+
+/// FNV-1a, by which the same rows give the same number in every version.
+fn digest(rows: impl Iterator<Item = Vec<u8>>) -> u64 {
+    rows.flatten().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
 type Opened = Result<MapData, TablesError>;
@@ -206,6 +277,29 @@ impl PolicyMaps {
         self.pair_mark.set(id, 0, 0).map_err(failed(maps::PAIR_MARK, "write"))
     }
 
+    /// What stands in the maps, as far as what should be there goes.
+    ///
+    /// # Errors
+    ///
+    /// When a map cannot be read.
+    pub fn digest(&self, wanted: &PolicyDigest) -> Result<PolicyDigest, TablesError> {
+        let epoch = self.epoch()?;
+        let mut found = PolicyDigest { epoch, ..wanted.clone() };
+        let classes = 1..self.classes() as u32;
+        let verdicts: Result<Vec<_>, _> = classes.clone().map(|class| self.verdicts(class)).collect();
+        found.verdicts = digest(verdicts?.into_iter().map(|row| row.verdicts.to_vec()));
+        let lists: Result<Vec<_>, _> =
+            classes.map(|class| self.class_groups(class_row(class, epoch))).collect();
+        found.classes = digest(lists?.into_iter().map(|list| words(list.groups)));
+        let rows = wanted.groups.iter().map(|(group, egress)| program_row(*group, *egress, epoch));
+        let starts: Result<Vec<_>, _> = rows.map(|row| self.programs(row)).collect();
+        found.programs = digest(starts?.into_iter().map(|row| words(row.programs)));
+        let rows = (0..wanted.pages).map(|page| page_row(page * PAGE_WORDS as u32, epoch));
+        let pages: Result<Vec<_>, _> = rows.map(|row| self.page(row)).collect();
+        found.rules = digest(pages?.into_iter().map(|page| words(page.words)));
+        Ok(found)
+    }
+
     /// Puts rules in force:
     ///
     /// 1. verdicts that change become "check", which is true of every pair;
@@ -355,6 +449,12 @@ pub struct Written {
 }
 
 impl Written {
+    /// What should stand in the maps; none when it is not known.
+    pub fn digest(&self, epoch: u32, classes: usize) -> Option<PolicyDigest> {
+        let half = self.halves[epoch as usize & 1].as_ref()?;
+        Some(PolicyDigest::of(epoch, classes as u32, half, self.verdicts.as_ref()?))
+    }
+
     /// Whether these rules are in force.
     pub fn is(&self, epoch: u32, rules: &Rules) -> bool {
         self.halves[epoch as usize & 1].as_ref() == Some(rules)

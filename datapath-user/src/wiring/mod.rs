@@ -19,13 +19,16 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     attachment::{Extras, Route},
+    audit,
     ethtool::{self, EthtoolError, Offload},
     net::{InterfaceName, Mac},
-    netlink::{DefaultRoute, Existing, Link, LinkChange, MAIN, Netlink, NetlinkError, VethEnd},
+    netlink::{Existing, Link, LinkChange, MAIN, Netlink, NetlinkError, VethEnd},
     netns::{Namespace, NetnsError},
+    settings::SettingError,
     sysctl::{self, SysctlError},
 };
 
@@ -52,6 +55,9 @@ pub enum WiringError {
     /// An offload.
     #[error(transparent)]
     Ethtool(#[from] EthtoolError),
+    /// A setting of the node.
+    #[error(transparent)]
+    Setting(Box<SettingError>),
     /// The pod has another interface of that name.
     #[error(
         "interface {interface} in {} exists with MAC {}, but the sub-ENI's is {}; give the pod another \
@@ -125,12 +131,18 @@ pub enum WiringError {
     BadName(String),
 }
 
+impl From<SettingError> for WiringError {
+    fn from(error: SettingError) -> Self {
+        Self::Setting(Box::new(error))
+    }
+}
+
 fn mac(mac: &Option<[u8; 6]>) -> String {
     mac.map_or_else(|| "none".to_owned(), |mac| Mac(mac).to_string())
 }
 
 /// A pod to be wired.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodSpec {
     /// Whose the interface is, for the name of the host side: the container id.
     pub owner_key: String,
@@ -210,11 +222,20 @@ pub fn host_interface_name(owner_key: &str, interface: &str) -> String {
 }
 
 const OWN_PREFIX: &str = "eni";
+const ALIAS_PREFIX: &str = "eniway ";
 
-fn is_own_name(name: &str) -> bool {
+/// Whether a name is one that [`host_interface_name`] makes.
+pub(crate) fn is_own_name(name: &str) -> bool {
     name.strip_prefix(OWN_PREFIX).is_some_and(|hash| {
         hash.len() == 11 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
     })
+}
+
+/// Whether [`wire`] made a link: by its name and by its alias, so that nobody else's is taken for ours.
+pub(crate) fn is_ours(link: &Link) -> bool {
+    link.veth
+        && is_own_name(&link.name)
+        && link.alias.as_ref().is_some_and(|alias| alias.starts_with(ALIAS_PREFIX))
 }
 
 fn check_name(name: &str) -> Result<(), WiringError> {
@@ -379,8 +400,8 @@ async fn add_pair(netlink: &Netlink, spec: &PodSpec, namespace: &Namespace) -> R
 }
 
 /// What `ip link` shows beside the host side.
-fn alias(spec: &PodSpec) -> String {
-    let mut alias = format!("eniway {} {}", spec.interface, spec.owner_key);
+pub(crate) fn alias(spec: &PodSpec) -> String {
+    let mut alias = format!("{ALIAS_PREFIX}{} {}", spec.interface, spec.owner_key);
     // IFALIASZ is 256 with the final zero.
     let mut end = alias.len().min(255);
     while !alias.is_char_boundary(end) {
@@ -452,16 +473,10 @@ async fn set_up_extras(
 
 async fn wire_host_side(netlink: &Netlink, spec: &PodSpec, host: &Link) -> Result<(), WiringError> {
     let name = host.name.as_str();
-    // Before the link is up: with IPv6 as it comes, the node would give it an address and take a pod's router
-    // advertisements for the network's.
-    set_all(&[
-        (&["ipv6", "conf", name, "addr_gen_mode"], "1"),
-        (&["ipv6", "conf", name, "accept_ra"], "0"),
-        (&["ipv6", "conf", name, "autoconf"], "0"),
-        (&["ipv4", "conf", name, "accept_redirects"], "0"),
-        // Loose. Zero would leave it to `all`, of which the stricter one holds.
-        (&["ipv4", "conf", name, "rp_filter"], "2"),
-    ])?;
+    // Before the link is up.
+    for (key, value) in host_settings(name) {
+        sysctl::set(&key, value)?;
+    }
     // The pod sends to the gateway's MAC whichever door the packet takes, so the node's end answers to it.
     let change = LinkChange {
         mac: Some(spec.gateway_mac),
@@ -470,6 +485,19 @@ async fn wire_host_side(netlink: &Netlink, spec: &PodSpec, host: &Link) -> Resul
         up: false,
     };
     Ok(netlink.change_link(host, change).await?)
+}
+
+/// Settings of a host side. With IPv6 as it comes, the node would give it an address and take a pod's router
+/// advertisements for the network's.
+pub(crate) fn host_settings(name: &str) -> [([&str; 4], &'static str); 5] {
+    [
+        (["ipv6", "conf", name, "addr_gen_mode"], "1"),
+        (["ipv6", "conf", name, "accept_ra"], "0"),
+        (["ipv6", "conf", name, "autoconf"], "0"),
+        (["ipv4", "conf", name, "accept_redirects"], "0"),
+        // Loose. Zero would leave it to `all`, of which the stricter one holds.
+        (["ipv4", "conf", name, "rp_filter"], "2"),
+    ]
 }
 
 /// Lets a wired pod speak: sets the host side up, with the node's route to the pod. Not before the programs are attached:
@@ -515,7 +543,7 @@ pub enum VerifyError {
     #[error(transparent)]
     Wiring(#[from] WiringError),
     /// It is another than it should be.
-    #[error("interface {interface} in {} {what}", netns.display())]
+    #[error("interface {interface} in {}: {what}", netns.display())]
     Differs {
         /// The interface.
         interface: String,
@@ -531,43 +559,12 @@ pub async fn verify(spec: &PodSpec) -> Result<(), VerifyError> {
     let Some(path) = &spec.netns else { return Ok(()) };
     let namespace = Namespace::open(path).map_err(WiringError::from)?;
     let wanted = spec.clone();
-    let what = in_pod(&namespace, async move || differences(&wanted).await).await?;
-    match what {
-        None => Ok(()),
-        Some(what) => {
-            Err(VerifyError::Differs { interface: spec.interface.clone(), netns: path.clone(), what })
-        }
+    let checks = in_pod(&namespace, async move || audit::pod::inside(&wanted).await).await?;
+    if checks.differences.is_empty() {
+        return Ok(());
     }
-}
-
-async fn differences(spec: &PodSpec) -> Result<Option<String>, WiringError> {
-    let netlink = Netlink::open()?;
-    let Some(link) = netlink.find_link(&spec.interface).await? else {
-        return Ok(Some("does not exist".to_owned()));
-    };
-    if link.mac != Some(spec.mac) {
-        return Ok(Some(format!("has MAC {}, not {}", mac(&link.mac), Mac(spec.mac))));
-    }
-    if !link.up {
-        return Ok(Some("is down".to_owned()));
-    }
-    if link.mtu != u32::from(spec.mtu) {
-        return Ok(Some(format!("has MTU {}, not {}", link.mtu, spec.mtu)));
-    }
-    if !netlink.addresses().await?.contains(&spec.ipv4.into()) {
-        return Ok(Some(format!("lacks the address {}", spec.ipv4)));
-    }
-    let default = |route: &DefaultRoute| {
-        route.table == MAIN && route.output == link.index && route.gateway == Some(spec.gateway)
-    };
-    if !netlink.own_default_routes().await?.iter().any(default) {
-        return Ok(Some(format!("lacks the default route by {}", spec.gateway)));
-    }
-    Ok(None)
-}
-
-fn set_all(settings: &[(sysctl::Key<'_>, &str)]) -> Result<(), SysctlError> {
-    settings.iter().try_for_each(|(key, value)| sysctl::set(key, value).map(drop))
+    let what = checks.differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    Err(VerifyError::Differs { interface: spec.interface.clone(), netns: path.clone(), what })
 }
 
 #[cfg(test)]

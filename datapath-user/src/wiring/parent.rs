@@ -20,12 +20,9 @@ use ipnet::Ipv4Net;
 
 use super::{WiringError, check_name};
 use crate::{
-    ethtool::{self, EthtoolError, Offload},
     net::Mac,
-    netlink::{
-        DefaultRoute, DisplayRule, Existing, Link, LinkChange, MAIN, Netlink, NetlinkError, SourceRule,
-    },
-    sysctl,
+    netlink::{DefaultRoute, DisplayRule, Existing, Link, MAIN, Netlink, NetlinkError, SourceRule},
+    settings::{NodeChange, Settings},
 };
 
 /// A parent ENI to be prepared.
@@ -47,91 +44,72 @@ pub struct Prepared {
     /// Whether VLAN tags reach XDP: read back from the driver, not assumed.
     pub rxvlan_off: bool,
     /// What eniway holds changed on the node for this parent, for people to read.
-    pub changes: Vec<String>,
+    pub changes: Vec<NodeChange>,
     /// Why it has not the fair queue that it shall have.
     pub queue_fault: Option<String>,
 }
 
 /// Priority of the rule that sends a pod's packets to Services to the routes of this node's pods first.
-const RULE_MAIN: u32 = 2100;
+pub(crate) const RULE_MAIN: u32 = 2100;
 /// Priority of the rule that sends the rest of them to the parent.
-const RULE_PARENT: u32 = 2101;
+pub(crate) const RULE_PARENT: u32 = 2101;
 /// The first table of those with a default route by a parent, and how many there may be.
-const TABLES: std::ops::Range<u32> = 2100..2164;
+pub(crate) const TABLES: std::ops::Range<u32> = 2100..2164;
 
 /// Readies a parent ENI and the node's routing for the pods behind it. Idempotent; rules of subnets that are no
 /// longer among the gateways are removed. Without any gateway the routing stays as it is: an agent that starts does
 /// not know the subnets yet, and the pods of the one before it still use theirs.
-pub async fn prepare(spec: &ParentSpec) -> Result<Prepared, WiringError> {
+pub async fn prepare(spec: &ParentSpec, known: &mut Settings) -> Result<Prepared, WiringError> {
     check_name(&spec.interface)?;
     let netlink = Netlink::open()?;
-    let link = netlink.link(&spec.interface).await?;
     let name = spec.interface.as_str();
     let mut changes = Vec::new();
-    if !link.up {
-        netlink.change_link(&link, LinkChange { up: true, ..LinkChange::default() }).await?;
-        changes.push(format!("{name}: set up (was down)"));
+    changes.extend(known.up(&netlink, name).await?);
+    let link = netlink.link(name).await?;
+    for (key, value) in settings(name) {
+        changes.push(known.sysctl(&key, value, key.contains(&name).then_some(name))?);
     }
-
-    let forward: sysctl::Key<'_> = &["ipv4", "ip_forward"];
-    let loose: sysctl::Key<'_> = &["ipv4", "conf", name, "rp_filter"];
-    for (key, value) in [(forward, "1"), (loose, "2")] {
-        let before = sysctl::set(key, value)?;
-        changes.push(change(&format!("net.{} = {value}", key.join(".")), before.as_deref()));
-    }
-
-    let before = ethtool::get(name, Offload::RxVlan)?;
-    let rxvlan_off = match ethtool::set(name, Offload::RxVlan, false) {
-        Ok(on) => !on,
-        // Some drivers have it fixed. The caller does without XDP then.
-        Err(error @ EthtoolError::Refused { .. }) => {
-            log::debug!("{error}");
-            false
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if rxvlan_off {
-        changes.push(change(&format!("{name}: rxvlan off"), before.then_some("on")));
-    }
-
+    let rxvlan = known.rxvlan_off(name)?;
+    let rxvlan_off = rxvlan.is_some();
+    changes.extend(rxvlan);
     let mut queue_fault = None;
     if spec.fair_queue {
         match netlink.set_fair_queue(&link).await {
-            Ok(before) => changes.push(change(&format!("{name}: fair queue (fq)"), before.as_deref())),
+            Ok(was) => changes.push(NodeChange { what: format!("{name}: fair queue (fq)"), was }),
             Err(error) => queue_fault = Some(format!("{error}; what is beyond a pod's limit is dropped")),
         }
     }
-
     if !spec.gateways.is_empty() {
         changes.extend(route_by_parent(&netlink, spec, &link).await?);
     }
     Ok(Prepared { ifindex: link.index, rxvlan_off, changes, queue_fault })
 }
 
-fn change(what: &str, before: Option<&str>) -> String {
-    match before {
-        Some(before) => format!("{what} (was {before})"),
-        None => what.to_owned(),
-    }
+/// Kernel settings that pods behind a parent need: the node forwards for them, and does not mind by which interface a
+/// packet comes.
+pub(crate) fn settings(parent: &str) -> [(Vec<&str>, &'static str); 2] {
+    [(vec!["ipv4", "ip_forward"], "1"), (vec!["ipv4", "conf", parent, "rp_filter"], "2")]
 }
 
 async fn route_by_parent(
     netlink: &Netlink,
     spec: &ParentSpec,
     link: &Link,
-) -> Result<Vec<String>, WiringError> {
+) -> Result<Vec<NodeChange>, WiringError> {
     let mut changes = Vec::new();
     let mut kept = Vec::new();
     for &(subnet, gateway, gateway_mac) in &spec.gateways {
         let subnet = subnet.trunc();
         netlink.set_neighbour(link, gateway, gateway_mac).await?;
-        changes.push(format!("{}: neighbour {gateway} at {}", link.name, Mac(gateway_mac)));
+        let neighbour = format!("{}: neighbour {gateway} at {}", link.name, Mac(gateway_mac));
+        changes.push(NodeChange::new(neighbour));
         let table = table_for(&netlink.own_default_routes().await?, link.index, gateway)?;
         netlink.add_default_route(gateway, link, table, Existing::Replace).await?;
-        changes.push(format!("table {table}: default via {gateway} dev {} onlink", link.name));
+        let route = format!("table {table}: default via {gateway} dev {} onlink", link.name);
+        changes.push(NodeChange::new(route));
         for rule in rules(subnet, table) {
             netlink.add_rule(rule).await?;
-            changes.push(format!("rule {}", DisplayRule(rule)));
+            changes.push(NodeChange::new(format!("rule {}", DisplayRule(rule))));
             kept.push(rule);
         }
     }
@@ -145,7 +123,7 @@ async fn route_by_parent(
     Ok(changes)
 }
 
-fn rules(source: Ipv4Net, table: u32) -> [SourceRule; 2] {
+pub(crate) fn rules(source: Ipv4Net, table: u32) -> [SourceRule; 2] {
     let parent = SourceRule { priority: RULE_PARENT, source, table, suppress: None, mark: SERVICE_MARK };
     [SourceRule { priority: RULE_MAIN, table: MAIN, suppress: Some(31), ..parent }, parent]
 }
@@ -198,7 +176,7 @@ async fn remove_rules(
 }
 
 /// Takes back what [`prepare`] did to the node's routing for this parent: rules, routes, neighbours. Settings
-/// and offloads stay, for nobody knows any more what they were. A parent that is gone took everything but the rules
+/// and offloads: [`Settings::restore`]. A parent that is gone took everything but the rules
 /// with it.
 pub async fn restore(interface: &str) -> Result<(), WiringError> {
     let netlink = Netlink::open()?;
@@ -233,6 +211,10 @@ async fn remove_dead_rules(netlink: &Netlink) -> Result<(), WiringError> {
 #[cfg(test)]
 mod tests {
     use super::{super::tests::*, *};
+    use crate::{
+        ethtool::{self, Offload},
+        sysctl,
+    };
 
     #[test]
     fn a_subnet_keeps_its_table_and_a_new_one_takes_a_free_one() {
@@ -266,15 +248,17 @@ mod tests {
                 gateways: vec![gateway("10.2.0.0/16".parse().unwrap())],
                 fair_queue: false,
             };
-            let prepared = prepare(&one).await.unwrap();
+            let dir = std::env::temp_dir().join(format!("eniway-parent-{}", std::process::id()));
+            let known = &mut Settings::load(&dir).unwrap();
+            let prepared = prepare(&one, known).await.unwrap();
             assert!(prepared.rxvlan_off);
             assert!(!ethtool::get("eth1", Offload::RxVlan).unwrap());
             assert!(
-                prepared.changes.iter().any(|change| change == "eth1: rxvlan off (was on)"),
+                prepared.changes.iter().any(|change| change.to_string() == "eth1: rxvlan off (was on)"),
                 "{prepared:?}"
             );
-            prepare(&two).await.unwrap();
-            prepare(&one).await.unwrap();
+            prepare(&two, known).await.unwrap();
+            prepare(&one, known).await.unwrap();
             let rules = netlink.source_rules().await.unwrap();
             assert_eq!(rules.len(), 6, "{rules:?}");
             let mut tables: Vec<_> =
@@ -283,11 +267,30 @@ mod tests {
             assert_eq!(tables, [2100, 2101, 2102]);
 
             let less = ParentSpec { gateways: vec![gateway(b)], ..one.clone() };
-            prepare(&less).await.unwrap();
-            prepare(&ParentSpec { gateways: vec![], ..one.clone() }).await.unwrap();
+            prepare(&less, known).await.unwrap();
+            prepare(&ParentSpec { gateways: vec![], ..one.clone() }, known).await.unwrap();
             let rules = netlink.source_rules().await.unwrap();
             assert!(rules.iter().all(|rule| rule.source != a), "{rules:?}");
             assert_eq!(rules.len(), 4);
+
+            // The next agent knows what was, though it finds everything so already.
+            let mut next = Settings::load(&dir).unwrap();
+            let again = prepare(&one, &mut next).await.unwrap();
+            let is = |what: &str| again.changes.iter().any(|change| change.to_string() == what);
+            assert!(is("eth1: rxvlan off (was on)") && is("eth1: up (was down)"), "{again:?}");
+            assert!(is("net.ipv4.ip_forward = 1 (was 0)"), "{again:?}");
+            // Somebody else has changed it since, and keeps it.
+            let rp_filter: sysctl::Key<'_> = &["ipv4", "conf", "eth2", "rp_filter"];
+            sysctl::set(rp_filter, "1").unwrap();
+            let left = next.restore().await;
+            assert!(matches!(left.as_slice(), [one] if one.contains("eth2.rp_filter is 1")), "{left:?}");
+            assert_eq!(sysctl::get(rp_filter).unwrap().as_deref(), Some("1"));
+            assert_eq!(sysctl::get(&["ipv4", "ip_forward"]).unwrap().as_deref(), Some("0"));
+            assert!(ethtool::get("eth1", Offload::RxVlan).unwrap());
+            assert!(!netlink.link("eth1").await.unwrap().up);
+            assert!(next.restore().await.is_empty());
+            prepare(&ParentSpec { gateways: vec![gateway(b)], ..one.clone() }, known).await.unwrap();
+            prepare(&two, known).await.unwrap();
 
             restore("eth1").await.unwrap();
             assert_eq!(netlink.source_rules().await.unwrap().len(), 2);
@@ -298,8 +301,9 @@ mod tests {
             assert_eq!(netlink.source_rules().await.unwrap(), before);
 
             let missing = ParentSpec { interface: "eth9".to_owned(), gateways: vec![], fair_queue: false };
-            let error = prepare(&missing).await.unwrap_err().to_string();
+            let error = prepare(&missing, known).await.unwrap_err().to_string();
             assert!(error.contains("no interface eth9") && error.contains("eth1"), "{error}");
+            std::fs::remove_dir_all(dir).unwrap();
         });
     }
 }
