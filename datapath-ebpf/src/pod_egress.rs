@@ -5,7 +5,7 @@ use datapath_common::{
     abi::{Direction, Endpoint, Outcome, maps::SERVICE_MARK},
     decide::{
         Decision, limit,
-        pod_egress::{decide_any, decide_plain},
+        pod_egress::{Plain, decide_any, decide_plain},
     },
     packet::{Frame as _, arp},
 };
@@ -21,11 +21,11 @@ use crate::{
 pub fn pod_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     let gso_size = skb.gso_size();
-    if let Some(decision) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex(), gso_size) {
+    if let Some(Plain { decision, free }) = decide_plain(&Kernel, &skb, skb.tag(), skb.ifindex(), gso_size) {
         // Apart from the others, the common ways know all the rest by heart.
         return match decision.outcome {
             Outcome::Local => match (decision.pod, decision.to) {
-                (Some(pod), Some(to)) if limit::is_limited(Some(to)) => {
+                (Some(pod), Some(to)) if !free && limit::is_limited(Some(to)) => {
                     local_limited(&skb, pod, to, decision.remark)
                 }
                 _ => finish(&skb, Decision { outcome: Outcome::Local, ..decision }, gso_size),

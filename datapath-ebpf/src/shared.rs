@@ -3,7 +3,10 @@
 
 use core::{
     cell::UnsafeCell,
-    intrinsics::{AtomicOrdering::Relaxed, atomic_cxchg, atomic_xadd},
+    intrinsics::{
+        AtomicOrdering::{Relaxed, SeqCst},
+        atomic_cxchg, atomic_xadd,
+    },
 };
 
 use datapath_common::tables::Shared;
@@ -40,7 +43,8 @@ impl Shared for Word {
 
     #[inline(always)]
     fn add(&self, more: u64) -> u64 {
-        // SAFETY: the place is valid, see `at`.
-        unsafe { atomic_xadd::<u64, u64, { Relaxed }>(self.0.get(), more) }
+        // SAFETY: the place is valid, see `at`. Not relaxed: of a relaxed addition LLVM makes the instruction that returns nothing
+        // (`lock *(u64 *)r += x`), and takes what was added for what was there, though the result is asked for.
+        unsafe { atomic_xadd::<u64, u64, { SeqCst }>(self.0.get(), more) }
     }
 }

@@ -149,6 +149,7 @@ impl SkBuff {
     const MARK: usize = 8;
     const IFINDEX: usize = 40;
     const CB: usize = 48;
+    const TSTAMP: usize = 152;
     const GSO_SEGS: usize = 164;
     const GSO_SIZE: usize = 176;
     const SIZE: usize = 192;
@@ -167,12 +168,14 @@ pub struct Output {
     pub frame: Vec<u8>,
     /// The mark that it left; 0 for XDP programs.
     pub mark: u32,
+    /// When the packet is to leave, in nanoseconds of the monotonic clock; 0 = at once, and for XDP programs.
+    pub at: u64,
 }
 
 impl fmt::Debug for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { action, frame, mark } = self;
-        write!(f, "action {action}, mark {mark:#x}, frame {}", hex(frame))
+        let Self { action, frame, mark, at } = self;
+        write!(f, "action {action}, mark {mark:#x}, at {at}, frame {}", hex(frame))
     }
 }
 
@@ -313,6 +316,15 @@ impl Programs {
         for (key, flow) in &node.pairs {
             self.maps.policy.set_pair(key, flow)?;
         }
+        self.fill_limits(node)
+    }
+
+    /// Makes the tables of limits say what `node` says, how far they are used up included.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be written.
+    pub fn fill_limits(&mut self, node: &MemoryTables) -> Result<(), TablesError> {
         for (&id, (limits, spent)) in &node.limits {
             self.maps.set_limits(id, limits)?;
             let until = spent.each_ref().map(|spent| spent.0.load(Relaxed));
@@ -372,7 +384,9 @@ impl Programs {
             _ => self.test_run(hook, options)?,
         };
         frame.truncate(result.data_size_out as usize);
-        Ok(Output { action: result.return_value as i32, frame, mark: word(&left, SkBuff::MARK) })
+        let [low, high] = [SkBuff::TSTAMP, SkBuff::TSTAMP + 4].map(|at| u64::from(word(&left, at)));
+        let at = if cfg!(target_endian = "little") { high << 32 | low } else { low << 32 | high };
+        Ok(Output { action: result.return_value as i32, frame, mark: word(&left, SkBuff::MARK), at })
     }
 
     /// Runs a tc program on a packet and says which tag it left beside the frame. Counts and remembers a second time.
@@ -615,6 +629,13 @@ pub fn private_netns(ifindexes: &[u32]) {
 pub fn now() -> u32 {
     let clock = nix::time::ClockId::CLOCK_MONOTONIC_COARSE;
     nix::time::clock_gettime(clock).map_or(0, |time| time.tv_sec() as u32)
+}
+
+/// Nanoseconds of the clock that limits go by (`bpf_ktime_get_ns`).
+pub fn nanos() -> u64 {
+    let clock = nix::time::ClockId::CLOCK_MONOTONIC;
+    nix::time::clock_gettime(clock)
+        .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
 
 /// Writes frames as a pcap file.

@@ -35,8 +35,19 @@ pub fn decide<'t, T: Tables, F: Frame + ?Sized>(
     gso_size: u32,
 ) -> Decision<'t> {
     let decision = decide_plain(tables, frame, tag, ifindex, gso_size)
+        .map(|plain| plain.decision)
         .unwrap_or_else(|| decide_any(tables, frame, tag, ifindex, gso_size));
     limit::egress(tables, frame, decision).decision
+}
+
+/// What [`decide_plain`] says.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub struct Plain<'t> {
+    /// The decision.
+    pub decision: Decision<'t>,
+    /// Neither the pod nor another one that receives the packet has a limit: known before it was asked. False says nothing of the other.
+    pub free: bool,
 }
 
 /// As [`decide`] but for limits, where the frame is plain, untagged and from the MAC of a pod without a limit; else `None`.
@@ -47,7 +58,7 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     tag: Option<Tag>,
     ifindex: u32,
     gso_size: u32,
-) -> Option<Decision<'t>> {
+) -> Option<Plain<'t>> {
     if tag.is_some() {
         return None;
     }
@@ -61,10 +72,10 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
             return None;
         }
         if let Some(reason) = wrong_address(pod, packet.src, packet.dst) {
-            return Some(Decision::new(reason, pod));
+            return Some(Plain { decision: Decision::new(reason, pod), free: true });
         }
         if packet.proto == UDP && answers_dhcp(packet.ports::<0, _>(frame)?) {
-            return Some(Decision::new(Outcome::DhcpServer, pod));
+            return Some(Plain { decision: Decision::new(Outcome::DhcpServer, pod), free: true });
         }
     }
     // What follows is `route`, and reads the rest of the packet only where that is asked for.
@@ -72,21 +83,24 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     let to = if marked { None } else { tables.pod_by_ipv4(packet.dst) };
     match to {
         Some(to) if gso_size == 0 && plainly_local(tables, pod, to, ip_len(frame, link::UNTAGGED_LEN)) => {
-            return Some(Decision { to: Some(to), ..Decision::new(Outcome::Local, pod) });
+            let decision = Decision { to: Some(to), ..Decision::new(Outcome::Local, pod) };
+            // Neither has any flag but that of security groups.
+            return Some(Plain { decision, free: true });
         }
         None if !marked => {
             let outcome = match tables.host_dst(packet.dst) {
                 0 => Outcome::Wire,
                 flags => by_flags(tables, flags, &packet.ip::<0, _>(frame)?, false),
             };
-            return Some(Decision::new(outcome, pod));
+            return Some(Plain { decision: Decision::new(outcome, pod), free: true });
         }
         _ => {}
     }
     let ip = packet.ip::<0, _>(frame)?;
     let remembered = if marked { remembered(tables, pod, &ip) } else { None };
     let to = || if marked { tables.pod_by_ipv4(ip.dst) } else { to };
-    Some(choose(tables, pod, &ip, size(frame, link::UNTAGGED_LEN, &ip, gso_size), remembered, to))
+    let size = size(frame, link::UNTAGGED_LEN, &ip, gso_size);
+    Some(Plain { decision: choose(tables, pod, &ip, size, remembered, to), free: false })
 }
 
 /// Whether [`local`] says "local", and notes nothing, of any packet of `size` bytes: for reasons that are cheap to look at.
