@@ -460,9 +460,9 @@ impl Pins {
 
     /// Names of pinned maps that this version does not have.
     pub fn unknown_maps(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.maps_dir()).into_iter().flatten().flatten();
-        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        names.filter(|name| !maps::ALL.contains(&name.as_str())).collect()
+        let known = |name: &str| maps::ALL.contains(&name) || [maps::LAYOUT, maps::CARRIED].contains(&name);
+        let names = names_in(&self.maps_dir()).unwrap_or_default();
+        names.into_iter().filter(|name| !known(name)).collect()
     }
 
     /// Removes them.

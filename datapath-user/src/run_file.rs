@@ -46,15 +46,23 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RunFil
         .map_err(|source| RunFileError::Parse { path: path.to_owned(), source })
 }
 
-/// Replaces a file by way of a draft beside it, `<path>.new`.
+/// Replaces a file.
 ///
 /// # Errors
 ///
 /// When the directory cannot be written; then the file is as it was.
 pub(crate) fn write<T: Serialize>(path: &Path, content: &T) -> Result<(), RunFileError> {
-    let failed = |source| RunFileError::Io { action: "write", path: path.to_owned(), source };
-    let text = serde_json::to_vec_pretty(content).map_err(|error| failed(error.into()))?;
+    let text = serde_json::to_vec_pretty(content).map_err(|error| failed(path, error.into()))?;
+    write_text(path, &text)
+}
+
+/// As [`write`], of what is JSON already. There is a draft beside the file for a moment: `<path>.new`.
+pub(crate) fn write_text(path: &Path, text: &[u8]) -> Result<(), RunFileError> {
     let mut draft = path.as_os_str().to_owned();
     draft.push(".new");
-    fs::write(&draft, text).and_then(|()| fs::rename(&draft, path)).map_err(failed)
+    fs::write(&draft, text).and_then(|()| fs::rename(&draft, path)).map_err(|error| failed(path, error))
+}
+
+fn failed(path: &Path, source: io::Error) -> RunFileError {
+    RunFileError::Io { action: "write", path: path.to_owned(), source }
 }

@@ -1,7 +1,6 @@
 //! What should be, as the agent writes it down: an audit needs no running agent.
 
 use std::{
-    fs, io,
     net::Ipv4Addr,
     path::{Path, PathBuf},
 };
@@ -10,7 +9,11 @@ use datapath_common::abi::Endpoint;
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 
-use crate::{tables::PolicyDigest, wiring::PodSpec};
+use crate::{
+    run_file::{self, RunFileError},
+    tables::PolicyDigest,
+    wiring::PodSpec,
+};
 
 /// Why what should be cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -21,24 +24,9 @@ pub enum ExpectedError {
         /// The file.
         path: PathBuf,
     },
-    /// The file cannot be read or written.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The file says something else.
-    #[error("{} was not written by this version of eniway: {source}; restart the agent", path.display())]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where.
-        source: serde_json::Error,
-    },
+    /// The file.
+    #[error(transparent)]
+    File(#[from] RunFileError),
 }
 
 /// All that the agent wants of the node.
@@ -114,6 +102,8 @@ pub struct LiveRecord {
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Endpoint")]
 struct Fields {
+    #[cfg(feature = "next-abi")]
+    spare: u64,
     owner: u64,
     id: u32,
     generation: u32,
@@ -146,11 +136,7 @@ impl Expected {
     /// When there is nothing, or it is not ours.
     pub fn read(run_dir: &Path) -> Result<Self, ExpectedError> {
         let path = Self::path(run_dir);
-        match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text).map_err(|source| ExpectedError::Parse { path, source }),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ExpectedError::Missing { path }),
-            Err(source) => Err(ExpectedError::Io { action: "read", path, source }),
-        }
+        run_file::read(&path)?.ok_or(ExpectedError::Missing { path })
     }
 
     /// As it is written.
@@ -168,15 +154,14 @@ impl Expected {
     ///
     /// When the directory cannot be written.
     pub fn write(run_dir: &Path, text: &[u8]) -> Result<(), ExpectedError> {
-        let path = Self::path(run_dir);
-        let draft = run_dir.join("expected.json.new");
-        let written = fs::write(&draft, text).and_then(|()| fs::rename(&draft, &path));
-        written.map_err(|source| ExpectedError::Io { action: "write", path, source })
+        Ok(run_file::write_text(&Self::path(run_dir), text)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
