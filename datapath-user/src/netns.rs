@@ -32,7 +32,7 @@ pub enum NetnsError {
         path: PathBuf,
     },
     /// The path cannot be opened.
-    #[error("cannot open network namespace {}: {source}", path.display())]
+    #[error("cannot open network namespace {}: {source}{}", path.display(), open_hint(path, source))]
     Open {
         /// The path that was given.
         path: PathBuf,
@@ -57,6 +57,15 @@ pub enum NetnsError {
     },
 }
 
+fn open_hint(path: &Path, error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EACCES) if path.starts_with("/proc") => {
+            " (by a process's directory this needs CAP_SYS_PTRACE; by a path below /run/netns it does not)"
+        }
+        _ => "",
+    }
+}
+
 fn enter_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EINVAL) => " (the file is not a namespace; one is left behind when its mount is gone)",
@@ -75,7 +84,12 @@ pub struct Namespace {
 impl Namespace {
     /// Opens the namespace at `path`, for instance `/run/netns/x` or `/proc/PID/ns/net`.
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
-        match File::open(path) {
+        let opened = if path.starts_with("/proc") {
+            privilege::opening(|| File::open(path))
+        } else {
+            File::open(path)
+        };
+        match opened {
             Ok(file) => Ok(Self { path: path.to_path_buf(), file: Arc::new(file) }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(NetnsError::Gone { path: path.to_path_buf() })

@@ -7,7 +7,7 @@
 use std::{
     any::Any,
     fs, io,
-    sync::mpsc::{self, Sender},
+    sync::mpsc::{self, Receiver, Sender},
     thread::{self, JoinHandle},
 };
 
@@ -69,12 +69,19 @@ pub const NEEDS: [Need; 4] = [
     },
 ];
 
+/// What the agent keeps where it is given, and does without where it is not.
+pub const WELCOME: Need = Need {
+    capability: Capability::CAP_SYS_PTRACE,
+    purpose: "to open network namespaces that are named by /proc/PID/ns/net, as `ctr` does",
+    kept: true,
+};
+
 fn list(missing: &[Need]) -> String {
     let words: Vec<_> = missing.iter().map(|need| format!("{}, {}", need.capability, need.purpose)).collect();
     words.join("; ")
 }
 
-/// Gives up everything that is not in [`NEEDS`], and hands CAP_PERFMON to the thread that loads programs. To be called
+/// Gives up everything that is not in [`NEEDS`] or [`WELCOME`], and hands CAP_PERFMON to the thread that loads programs. To be called
 /// before there are other threads.
 ///
 /// # Errors
@@ -83,18 +90,24 @@ fn list(missing: &[Need]) -> String {
 pub fn keep_what_is_needed() -> Result<Loader, PrivilegeError> {
     check(|_| true)?;
     no_new_privileges()?;
+    let mut permitted = needed(|need| need.kept);
+    if caps::has_cap(None, CapSet::Permitted, WELCOME.capability)? {
+        permitted.insert(WELCOME.capability);
+    }
     // Only with CAP_SETPCAP, which services are not given: for them the bounding set is their manager's.
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         let bounding = caps::read(None, CapSet::Bounding)?;
-        for capability in bounding.difference(&needed(|_| true)) {
+        let needed = needed(|_| true);
+        for capability in bounding.iter().filter(|one| !needed.contains(one) && !permitted.contains(one)) {
             caps::drop(None, CapSet::Bounding, *capability)?;
         }
     }
     caps::clear(None, CapSet::Inheritable)?;
     let loading = |need: &Need| need.capability != Capability::CAP_SYS_ADMIN;
-    hold(&needed(loading), &needed(|_| true))?;
+    let while_loading = permitted.union(&needed(|_| true)).copied().collect();
+    hold(&needed(loading), &while_loading)?;
     let loader = Loader::start()?;
-    hold(&needed(|need| need.kept && loading(need)), &needed(|need| need.kept))?;
+    hold(&needed(|need| need.kept && loading(need)), &permitted)?;
     Ok(loader)
 }
 
@@ -134,14 +147,22 @@ fn no_new_privileges() -> io::Result<()> {
 /// Runs `enter`, which enters a namespace, with CAP_SYS_ADMIN in effect on the calling thread. Without the capability it
 /// runs all the same, and the kernel refuses.
 pub(crate) fn entering<T>(enter: impl FnOnce() -> T) -> T {
-    const ADMIN: Capability = Capability::CAP_SYS_ADMIN;
-    let had = caps::has_cap(None, CapSet::Effective, ADMIN).unwrap_or(true);
-    let raised = !had && caps::raise(None, CapSet::Effective, ADMIN).is_ok();
-    let entered = enter();
-    if raised && let Err(error) = caps::drop(None, CapSet::Effective, ADMIN) {
-        log::error!("CAP_SYS_ADMIN stays in effect on one thread: {error}");
+    with(Capability::CAP_SYS_ADMIN, enter)
+}
+
+/// The same for opening the namespace of another process, with [`WELCOME`].
+pub(crate) fn opening<T>(open: impl FnOnce() -> T) -> T {
+    with(WELCOME.capability, open)
+}
+
+fn with<T>(capability: Capability, work: impl FnOnce() -> T) -> T {
+    let had = caps::has_cap(None, CapSet::Effective, capability).unwrap_or(true);
+    let raised = !had && caps::raise(None, CapSet::Effective, capability).is_ok();
+    let done = work();
+    if raised && let Err(error) = caps::drop(None, CapSet::Effective, capability) {
+        log::error!("{capability} stays in effect on one thread: {error}");
     }
-    entered
+    done
 }
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -174,6 +195,45 @@ impl Loader {
         match answered.recv().expect("the thread answers each job") {
             Ok(done) => done,
             Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
+impl Loader {
+    /// Runs a last `job` on the thread, which ends with it. Nobody waits until its result is asked for.
+    pub fn last<T: Send + 'static>(mut self, job: impl FnOnce() -> T + Send + 'static) -> Last<T> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        let job: Job = Box::new(move || {
+            // An error means that nobody will ask.
+            let _ = answer.send(job());
+        });
+        if let Some(jobs) = self.jobs.take() {
+            // Without the thread there is no result, and that is what will be found.
+            let _ = jobs.send(job);
+        }
+        drop(self.thread.take());
+        Last::Coming(answered)
+    }
+}
+
+/// What a loader made last.
+#[derive(Debug)]
+pub enum Last<T> {
+    /// Perhaps not yet.
+    Coming(Receiver<T>),
+    /// It has.
+    Here(T),
+}
+
+impl<T> Last<T> {
+    /// The result, as soon as it is there; none if the job panicked.
+    pub fn get(&mut self) -> Option<&mut T> {
+        if let Self::Coming(answered) = self {
+            *self = Self::Here(answered.recv().ok()?);
+        }
+        match self {
+            Self::Here(value) => Some(value),
+            Self::Coming(_) => None,
         }
     }
 }
@@ -250,6 +310,11 @@ mod tests {
         assert_eq!(loader.run(|| 6 * 7), 42);
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| loader.run(|| panic!("no"))));
         assert!(panicked.is_err());
+        let here = thread::current().id();
         assert_eq!(loader.run(|| thread::current().name().map(str::to_owned)), Some("loader".to_owned()));
+        let mut last = loader.last(|| thread::current().id());
+        assert!(last.get().is_some_and(|id| *id != here));
+        assert!(last.get().is_some());
+        assert!(Loader::start().unwrap().last(|| -> () { panic!("no") }).get().is_none());
     }
 }

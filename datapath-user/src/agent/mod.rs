@@ -4,6 +4,7 @@
 //! kernel and applies differences. It ends without undoing anything.
 
 pub(crate) mod asks;
+mod copies;
 mod error;
 mod exclusive;
 mod limits;
@@ -35,6 +36,7 @@ use tokio::{
 pub(crate) use self::pods::pod_spec;
 use self::{
     asks::Waiter,
+    copies::{Coming, Copies},
     listen::{Feed, Held, read_snapshot},
     mend::Repairs,
     parent::Parent,
@@ -165,7 +167,7 @@ struct Agent {
     /// The object whose pod programs are attached.
     pods: Ebpf,
     /// The same once more: what stands on a hook while a program changes its place there.
-    copies: Ebpf,
+    copies: Option<Coming>,
     parents: Vec<Parent>,
     source: Feed,
     /// The file's document in force.
@@ -236,7 +238,11 @@ impl Agent {
                 log::error!("{error}");
             }
         })?;
-        drop((short, loader));
+        drop(short);
+        // Without links, programs change no places.
+        if kind == TcKind::Tcx {
+            agent.copies = Some(Copies::load(&agent, loader));
+        }
         agent.take(first).await;
         if until == Until::Applied {
             agent.hear_first().await;
@@ -265,7 +271,6 @@ impl Agent {
 
         // The kernel's verifier passes everything before anything is attached.
         let pods = object::load_for_pods(&config, takeover.place(), loader)?;
-        let copies = object::load_for_pods(&config, takeover.place(), loader)?;
         let mut tables = succession::tables(&mut takeover)?;
         let indexes = parent::numbers(&ifindexes, tables.pods());
         let parents = config
@@ -302,7 +307,7 @@ impl Agent {
             tables,
             policy: Policy::default(),
             pods,
-            copies,
+            copies: None,
             parents,
             source,
             document: None,

@@ -11,7 +11,11 @@ use aya::{Ebpf, programs::ProgramFd};
 use datapath_common::abi::maps::MAX_PARENTS;
 use ipnet::Ipv4Net;
 
-use super::{AgentError, unix_seconds};
+use super::{
+    AgentError,
+    copies::{Coming, Copies},
+    unix_seconds,
+};
 use crate::{
     attach::{self, AttachError, Attached, Target},
     audit::{Difference, ExpectedParent, Kind, is_first},
@@ -47,8 +51,6 @@ pub(super) struct Parent {
     /// `None` while the interface is away.
     pub(super) ifindex: Option<u32>,
     ebpf: Ebpf,
-    /// The same once more: what stands on a hook while a program changes its place there.
-    copies: Ebpf,
     xdp_mode: &'static str,
     /// Why XDP does not run as configured.
     xdp_note: Option<String>,
@@ -81,13 +83,11 @@ impl Parent {
         loader: &Loader,
     ) -> Result<Self, ObjectError> {
         let ebpf = object::load_for_parent(config, parent, index, pins, loader)?;
-        let copies = object::load_for_parent(config, parent, index, pins, loader)?;
         Ok(Self {
             config: parent.clone(),
             index,
             ifindex: Some(ifindex),
             ebpf,
-            copies,
             xdp_mode: OFF,
             xdp_note: None,
             queue: 0,
@@ -161,8 +161,13 @@ impl Parent {
         Ok(())
     }
 
-    /// Attaches whatever is not attached, or not before all others.
-    pub(super) fn attach_again(&mut self, pins: &Pins, kind: TcKind) -> Result<(), AgentError> {
+    /// Attaches whatever is not attached, or not before all others. `copies` are of the same programs.
+    pub(super) fn attach_again(
+        &mut self,
+        pins: &Pins,
+        kind: TcKind,
+        copies: &mut Option<Coming>,
+    ) -> Result<(), AgentError> {
         let Some(ifindex) = self.ifindex else { return Ok(()) };
         self.attach_xdp(pins, &mut Vec::new())?;
         let interface = self.config.interface.as_str();
@@ -175,8 +180,9 @@ impl Parent {
         if PROGRAMS.iter().all(first) {
             return Ok(());
         }
+        let Some(copies) = Copies::of_parent(copies, interface) else { return Err(AgentError::NoCopies) };
         for (name, hook) in PROGRAMS.iter().filter(|it| !first(it)) {
-            let copy = object::tc(&mut self.copies, name)?;
+            let copy = object::tc(copies, name)?;
             let program = object::tc(&mut self.ebpf, name)?;
             let pin = pins.parent_tc(interface, *hook);
             attach::attach_first(program, copy, name, Target { interface, ifindex }, *hook, &pin)?;
