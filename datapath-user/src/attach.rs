@@ -173,16 +173,16 @@ fn attach_tcx(
     Ok(Attached::Created)
 }
 
-/// Brings a loaded tc program before all others on its hook, by TCX. The kernel takes a program only once on a hook: a copy of it
-/// comes to the new place, takes the pin over, and is swapped for the program there.
+/// Brings a loaded tc program before all others on its hook, by TCX. The kernel takes a program only once on a hook: one that drops
+/// everything comes to the new place, takes the pin over, and is swapped for the program there. What arrives between these few
+/// system calls is lost, and nothing passes unchecked.
 ///
 /// # Errors
 ///
-/// When the kernel refuses it. Then what stood there stands, or the copy in its place, pinned: there is no moment without
-/// checks.
+/// When the kernel refuses it. Then what stood there stands, or the program that drops in its place, pinned; calling again goes
+/// on from there.
 pub fn attach_first(
     program: &mut SchedClassifier,
-    copy: &mut SchedClassifier,
     name: &'static str,
     target: Target<'_>,
     hook: Hook,
@@ -195,21 +195,12 @@ pub fn attach_first(
         source: Box::new(source),
     };
     let link = |action, source| AttachError::Link { action, path: pin.to_owned(), source };
-    let here = |path: &Path| sys::link_info(path).ok().filter(|info| info.ifindex == target.ifindex);
-    let copy_id = copy.info().map_err(&refused)?.id();
-    // An earlier attempt ended with the copy in place, which cannot stand there twice.
-    if here(pin).is_some_and(|info| info.prog_id == copy_id) {
-        attach_tcx(program, target, hook, pin, refused)?;
-    }
     let stand_in = stand_in(pin);
-    if here(&stand_in).is_none() {
-        unpin(&stand_in)?;
-        let first = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = copy.attach_with_options(target.interface, hook.into(), first).map_err(&refused)?;
-        let made = copy.take_link(id).map_err(&refused)?;
-        let made = FdLink::try_from(made).map_err(link_error("use", &stand_in))?;
-        made.pin(&stand_in).map_err(|error| link("pin", io::Error::other(whole(&error))))?;
-    }
+    unpin(&stand_in)?;
+    let drops = sys::load_drop().map_err(|error| link("load a stand-in for", error))?;
+    let first = sys::tcx_link_create_first(drops, target.ifindex, hook == Hook::Out)
+        .map_err(|error| link("attach a stand-in for", error))?;
+    sys::pin(first.as_fd(), &stand_in).map_err(|error| link("pin a stand-in for", error))?;
     match sys::link_detach(pin) {
         Err(error)
             if error.kind() != io::ErrorKind::NotFound && error.raw_os_error() != Some(libc::ENOLINK) =>
@@ -222,7 +213,7 @@ pub fn attach_first(
     attach_tcx(program, target, hook, pin, refused).map(drop)
 }
 
-/// Where the link of a copy is pinned until it takes the program's pin over. Not the name of a pod's or a parent's link.
+/// Where the link of a stand-in is pinned until it takes the program's pin over. Not the name of a pod's or a parent's link.
 fn stand_in(pin: &Path) -> PathBuf {
     let name = pin.file_name().unwrap_or_default().to_string_lossy();
     pin.with_file_name(format!("stand-in-{name}"))
@@ -471,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_stays_when_the_program_cannot_take_its_place() {
+    fn what_drops_stays_when_the_program_cannot_take_its_place() {
         let Some(pins) = pins("first") else { return };
         let dir = pins.clone();
         on_loopback(move |ebpf, lo| {
@@ -483,19 +474,21 @@ mod tests {
             // What is to come first stands on the hook by a link of somebody else's, so the kernel refuses it.
             let other = pins.pod_tc(lo.ifindex + 1, Hook::In);
             attach(program::ENI_INGRESS, &other);
-            let mut copies = object::open(CONSTANTS, &Limits { endpoints: 4, flows: 1024 }, None).unwrap();
             let mut first = || {
-                let copy = object::tc(&mut copies, program::ENI_INGRESS).unwrap();
                 let program = object::tc(ebpf, program::ENI_INGRESS).unwrap();
-                let ids = (program.info().unwrap().id(), copy.info().unwrap().id());
-                (attach_first(program, copy, program::ENI_INGRESS, lo, Hook::In, &pin), ids)
+                let original = program.info().unwrap().id();
+                (attach_first(program, program::ENI_INGRESS, lo, Hook::In, &pin), original)
             };
-            let (refused, (original, copy)) = first();
-            assert!(matches!(refused, Err(AttachError::Tc { .. })), "{refused:?}");
-            assert_eq!(attached(Hook::In), [copy, original]);
-            assert_eq!(sys::link_info(&pin).unwrap().prog_id, copy);
+            for _ in 0..2 {
+                let (refused, original) = first();
+                assert!(matches!(refused, Err(AttachError::Tc { .. })), "{refused:?}");
+                let [drops, last] = attached(Hook::In)[..] else { panic!("{:?}", attached(Hook::In)) };
+                assert!(drops != original && last == original);
+                assert_eq!(sys::link_info(&pin).unwrap().prog_id, drops);
+            }
             sys::link_detach(&other).unwrap();
-            first().0.unwrap();
+            let (done, original) = first();
+            done.unwrap();
             assert_eq!(attached(Hook::In), [original]);
             assert_eq!(sys::link_info(&pin).unwrap().prog_id, original);
             assert!(!stand_in(&pin).exists());

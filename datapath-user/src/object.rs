@@ -169,22 +169,15 @@ pub fn open_other(
 ///
 /// As [`open`] and [`tc`].
 pub(crate) fn load_for_pods(config: &Config, pins: &Pins, loader: &Loader) -> Result<Ebpf, ObjectError> {
-    let (config, pins) = (config.clone(), pins.clone());
-    loader.run(move || programs_for_pods(&config, &pins))
-}
-
-/// As [`load_for_pods`], on the thread that loads.
-///
-/// # Errors
-///
-/// As [`open`] and [`tc`].
-pub(crate) fn programs_for_pods(config: &Config, pins: &Pins) -> Result<Ebpf, ObjectError> {
     let constants = Constants { fast_path: config.fast_path, parent: 0, xdp: config::Xdp::Off };
-    let mut ebpf = open(constants, &config.limits, Some(pins))?;
-    for name in [program::POD_EGRESS, program::POD_INGRESS, program::NIC_INGRESS, program::NIC_EGRESS] {
-        tc(&mut ebpf, name)?;
-    }
-    Ok(ebpf)
+    let (limits, pins) = (config.limits, pins.clone());
+    loader.run(move || {
+        let mut ebpf = open(constants, &limits, Some(&pins))?;
+        for name in [program::POD_EGRESS, program::POD_INGRESS, program::NIC_INGRESS, program::NIC_EGRESS] {
+            tc(&mut ebpf, name)?;
+        }
+        Ok(ebpf)
+    })
 }
 
 /// Loads the programs of a parent ENI. All that it may ever need: nothing is loaded later on.
@@ -199,29 +192,17 @@ pub(crate) fn load_for_parent(
     pins: &Pins,
     loader: &Loader,
 ) -> Result<Ebpf, ObjectError> {
-    let (config, parent, pins) = (config.clone(), parent.clone(), pins.clone());
-    loader.run(move || programs_for_parent(&config, &parent, index, &pins))
-}
-
-/// As [`load_for_parent`], on the thread that loads.
-///
-/// # Errors
-///
-/// As [`open`], [`tc`] and [`xdp`].
-pub(crate) fn programs_for_parent(
-    config: &Config,
-    parent: &config::Parent,
-    index: u16,
-    pins: &Pins,
-) -> Result<Ebpf, ObjectError> {
     let constants = Constants { fast_path: config.fast_path, parent: index, xdp: parent.xdp };
-    let mut ebpf = open(constants, &config.limits, Some(pins))?;
-    tc(&mut ebpf, program::ENI_INGRESS)?;
-    tc(&mut ebpf, program::ENI_EGRESS)?;
-    if constants.xdp != config::Xdp::Off {
-        xdp(&mut ebpf, program::ENI_XDP)?;
-    }
-    Ok(ebpf)
+    let (limits, pins) = (config.limits, pins.clone());
+    loader.run(move || {
+        let mut ebpf = open(constants, &limits, Some(&pins))?;
+        tc(&mut ebpf, program::ENI_INGRESS)?;
+        tc(&mut ebpf, program::ENI_EGRESS)?;
+        if constants.xdp != config::Xdp::Off {
+            xdp(&mut ebpf, program::ENI_XDP)?;
+        }
+        Ok(ebpf)
+    })
 }
 
 /// Gives maps their pins again that somebody removed. The programs hold the maps.

@@ -7,7 +7,7 @@
 use std::{
     any::Any,
     fs, io,
-    sync::mpsc::{self, Receiver, Sender},
+    sync::mpsc::{self, Sender},
     thread::{self, JoinHandle},
 };
 
@@ -199,45 +199,6 @@ impl Loader {
     }
 }
 
-impl Loader {
-    /// Runs a last `job` on the thread, which ends with it. Nobody waits until its result is asked for.
-    pub fn last<T: Send + 'static>(mut self, job: impl FnOnce() -> T + Send + 'static) -> Last<T> {
-        let (answer, answered) = mpsc::sync_channel(1);
-        let job: Job = Box::new(move || {
-            // An error means that nobody will ask.
-            let _ = answer.send(job());
-        });
-        if let Some(jobs) = self.jobs.take() {
-            // Without the thread there is no result, and that is what will be found.
-            let _ = jobs.send(job);
-        }
-        drop(self.thread.take());
-        Last::Coming(answered)
-    }
-}
-
-/// What a loader made last.
-#[derive(Debug)]
-pub enum Last<T> {
-    /// Perhaps not yet.
-    Coming(Receiver<T>),
-    /// It has.
-    Here(T),
-}
-
-impl<T> Last<T> {
-    /// The result, as soon as it is there; none if the job panicked.
-    pub fn get(&mut self) -> Option<&mut T> {
-        if let Self::Coming(answered) = self {
-            *self = Self::Here(answered.recv().ok()?);
-        }
-        match self {
-            Self::Here(value) => Some(value),
-            Self::Coming(_) => None,
-        }
-    }
-}
-
 impl Drop for Loader {
     fn drop(&mut self) {
         self.jobs = None;
@@ -310,11 +271,6 @@ mod tests {
         assert_eq!(loader.run(|| 6 * 7), 42);
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| loader.run(|| panic!("no"))));
         assert!(panicked.is_err());
-        let here = thread::current().id();
         assert_eq!(loader.run(|| thread::current().name().map(str::to_owned)), Some("loader".to_owned()));
-        let mut last = loader.last(|| thread::current().id());
-        assert!(last.get().is_some_and(|id| *id != here));
-        assert!(last.get().is_some());
-        assert!(Loader::start().unwrap().last(|| -> () { panic!("no") }).get().is_none());
     }
 }

@@ -56,7 +56,7 @@ pub(crate) fn write<T: Serialize>(path: &Path, content: &T) -> Result<(), RunFil
     write_text(path, &text)
 }
 
-/// As [`write`], of what is JSON already. There is a draft beside the file for a moment: `<path>.new`.
+/// As [`write()`], of what is JSON already. There is a draft beside the file for a moment: `<path>.new`.
 pub(crate) fn write_text(path: &Path, text: &[u8]) -> Result<(), RunFileError> {
     let mut draft = path.as_os_str().to_owned();
     draft.push(".new");

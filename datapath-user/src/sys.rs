@@ -21,6 +21,7 @@ const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
+const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
@@ -34,6 +35,8 @@ const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_XDP: u32 = 37;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
+const BPF_F_BEFORE: u32 = 1 << 3;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
 const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
@@ -80,6 +83,61 @@ pub(crate) fn xdp_link_create(program: impl AsFd, ifindex: u32, generic: bool) -
         ifindex,
         attach_type: BPF_XDP,
         flags: if generic { XDP_FLAGS_SKB_MODE } else { XDP_FLAGS_DRV_MODE },
+        rest: [0; 4],
+    };
+    // SAFETY: `struct { ... } link_create` of `union bpf_attr`, without pointers.
+    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
+    // SAFETY: the kernel made this descriptor for us a moment ago.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Loads a tc program that drops everything. It reads nothing, so that no privilege beyond CAP_BPF and CAP_NET_ADMIN is asked for.
+pub(crate) fn load_drop() -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log: [u64; 2],
+        kernel: u32,
+        flags: u32,
+        name: [u8; 16],
+    }
+    // r0 = TC_ACT_SHOT; exit (Documentation/bpf/standardization/instruction-set.rst)
+    let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 2, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    let mut attr = Attr {
+        kind: BPF_PROG_TYPE_SCHED_CLS,
+        count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        log: [0; 2],
+        kernel: 0,
+        flags: 0,
+        name: *b"eniway_stand_in\0",
+    };
+    // SAFETY: the first fields of the `struct` for BPF_PROG_LOAD of `union bpf_attr`; both pointers outlive the call.
+    let fd = unsafe { bpf(BPF_PROG_LOAD, &mut attr) }?;
+    // SAFETY: the kernel made this descriptor for us a moment ago.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches a program by TCX, before all others on its hook.
+pub(crate) fn tcx_link_create_first(program: impl AsFd, ifindex: u32, egress: bool) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attr {
+        program: i32,
+        ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+        // No relative: before means first.
+        rest: [u64; 4],
+    }
+    let mut attr = Attr {
+        program: program.as_fd().as_raw_fd(),
+        ifindex,
+        attach_type: if egress { BPF_TCX_EGRESS } else { BPF_TCX_INGRESS },
+        flags: BPF_F_BEFORE,
         rest: [0; 4],
     };
     // SAFETY: `struct { ... } link_create` of `union bpf_attr`, without pointers.

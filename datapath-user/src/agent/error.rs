@@ -89,9 +89,6 @@ pub enum AgentError {
         /// What is not.
         problems: Vec<String>,
     },
-    /// A program cannot be put before another one.
-    #[error("the programs that stand in while ours change places were not loaded; restart the agent")]
-    NoCopies,
     /// Nothing waits for confirmation.
     #[error("no snapshot is held back, so there is nothing to confirm")]
     NothingHeld,

@@ -7,7 +7,7 @@ use std::{
 
 use datapath_common::abi::Endpoint;
 
-use super::{Agent, AgentError, copies::Copies, exclusive::is_exclusive, host_dsts, pod_spec, unix_seconds};
+use super::{Agent, AgentError, exclusive::is_exclusive, host_dsts, pod_spec, unix_seconds};
 use crate::{
     attach::{self, Target as Hooked},
     audit::{self, Depth, Expected, ExpectedParent, ExpectedPod, LiveRecord, Target, is_first},
@@ -186,11 +186,11 @@ impl Agent {
         }
         for target in targets {
             let Target::Parent(name) = target else { continue };
-            let Self { parents, pins, kind, settings, copies, .. } = self;
+            let Self { parents, pins, kind, settings, .. } = self;
             let Some(parent) = parents.iter_mut().find(|parent| parent.name() == name) else { continue };
             parent.prepare(&desired, settings).await;
             problems.extend(parent.settings_note.clone());
-            problems.extend(parent.attach_again(pins, *kind, copies).err().map(|error| error.to_string()));
+            problems.extend(parent.attach_again(pins, *kind).err().map(|error| error.to_string()));
         }
         let mut owners: BTreeSet<u64> = targets.iter().filter_map(Target::owner).collect();
         for owner in &owners {
@@ -228,8 +228,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Brings a pod's programs to their interface, before all others there. Without a moment in which there are none:
-    /// [`attach::attach_first`].
+    /// Brings a pod's programs to their interface, before all others there, without a moment in which
+    /// anything passes unchecked: [`attach::attach_first`].
     fn put_first(&mut self, owner: u64) -> Result<(), AgentError> {
         let Some(record) = self.tables.pod(owner).map(|live| live.record) else { return Ok(()) };
         if is_exclusive(&record) {
@@ -249,10 +249,8 @@ impl Agent {
             if is_first(&pin, &interface, ifindex, hook, name) {
                 continue;
             }
-            let Some(copies) = Copies::of(&mut self.copies) else { return Err(AgentError::NoCopies) };
-            let copy = object::tc(&mut copies.pods, name)?;
             let program = object::tc(&mut self.pods, name)?;
-            attach::attach_first(program, copy, name, Hooked { interface: &interface, ifindex }, hook, &pin)?;
+            attach::attach_first(program, name, Hooked { interface: &interface, ifindex }, hook, &pin)?;
         }
         Ok(())
     }

@@ -4,7 +4,6 @@
 //! kernel and applies differences. It ends without undoing anything.
 
 pub(crate) mod asks;
-mod copies;
 mod error;
 mod exclusive;
 mod limits;
@@ -36,7 +35,6 @@ use tokio::{
 pub(crate) use self::pods::pod_spec;
 use self::{
     asks::Waiter,
-    copies::{Coming, Copies},
     listen::{Feed, Held, read_snapshot},
     mend::Repairs,
     parent::Parent,
@@ -166,8 +164,6 @@ struct Agent {
     policy: Policy,
     /// The object whose pod programs are attached.
     pods: Ebpf,
-    /// The same once more: what stands on a hook while a program changes its place there.
-    copies: Option<Coming>,
     parents: Vec<Parent>,
     source: Feed,
     /// The file's document in force.
@@ -238,11 +234,7 @@ impl Agent {
                 log::error!("{error}");
             }
         })?;
-        drop(short);
-        // Without links, programs change no places.
-        if kind == TcKind::Tcx {
-            agent.copies = Some(Copies::load(&agent, loader));
-        }
+        drop((short, loader));
         agent.take(first).await;
         if until == Until::Applied {
             agent.hear_first().await;
@@ -307,7 +299,6 @@ impl Agent {
             tables,
             policy: Policy::default(),
             pods,
-            copies: None,
             parents,
             source,
             document: None,

@@ -11,11 +11,7 @@ use aya::{Ebpf, programs::ProgramFd};
 use datapath_common::abi::maps::MAX_PARENTS;
 use ipnet::Ipv4Net;
 
-use super::{
-    AgentError,
-    copies::{Coming, Copies},
-    unix_seconds,
-};
+use super::{AgentError, unix_seconds};
 use crate::{
     attach::{self, AttachError, Attached, Target},
     audit::{Difference, ExpectedParent, Kind, is_first},
@@ -161,13 +157,8 @@ impl Parent {
         Ok(())
     }
 
-    /// Attaches whatever is not attached, or not before all others. `copies` are of the same programs.
-    pub(super) fn attach_again(
-        &mut self,
-        pins: &Pins,
-        kind: TcKind,
-        copies: &mut Option<Coming>,
-    ) -> Result<(), AgentError> {
+    /// Attaches whatever is not attached, or not before all others.
+    pub(super) fn attach_again(&mut self, pins: &Pins, kind: TcKind) -> Result<(), AgentError> {
         let Some(ifindex) = self.ifindex else { return Ok(()) };
         self.attach_xdp(pins, &mut Vec::new())?;
         let interface = self.config.interface.as_str();
@@ -180,12 +171,10 @@ impl Parent {
         if PROGRAMS.iter().all(first) {
             return Ok(());
         }
-        let Some(copies) = Copies::of_parent(copies, interface) else { return Err(AgentError::NoCopies) };
         for (name, hook) in PROGRAMS.iter().filter(|it| !first(it)) {
-            let copy = object::tc(copies, name)?;
             let program = object::tc(&mut self.ebpf, name)?;
             let pin = pins.parent_tc(interface, *hook);
-            attach::attach_first(program, copy, name, Target { interface, ifindex }, *hook, &pin)?;
+            attach::attach_first(program, name, Target { interface, ifindex }, *hook, &pin)?;
         }
         Ok(())
     }

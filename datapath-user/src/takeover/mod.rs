@@ -1,7 +1,7 @@
 //! From the pins of another ABI version to those of this one, up or down: no packet is lost, and nothing that was remembered.
 //!
 //! 1. Maps that are the same in both versions are pinned in both directories, and nothing happens to them. The others are made
-//!    anew and filled field by field ([`Description`]), in a draft that nobody uses; then it gets its name.
+//!    anew and filled field by field (by the description that lies beside them), in a draft that nobody uses; then it gets its name.
 //! 2. Programs are swapped behind their links, one by one, and each link's pin moves to this version's directory. Readers of
 //!    memories (pods' programs) come before most of their writers (parents' programs); between them, and at the end, memories
 //!    that came into being meanwhile are copied after.
