@@ -91,6 +91,15 @@ pub(crate) fn xdp_link_create(program: impl AsFd, ifindex: u32, generic: bool) -
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Gives memory that was freed back to the system: reading and loading programs takes several MiB, once.
+pub(crate) fn give_memory_back() {
+    // SAFETY: malloc_trim(3) changes nothing that is in use, and may be called from any thread.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
 /// Loads a tc program that drops everything. It reads nothing, so that no privilege beyond CAP_BPF and CAP_NET_ADMIN is asked for.
 pub(crate) fn load_drop() -> io::Result<OwnedFd> {
     #[repr(C)]

@@ -62,6 +62,7 @@ use crate::{
     settings::Settings,
     source::{Desired, Pod, Snapshot, file::SourceError},
     status::Status,
+    sys,
     tables::{Live, Tables, TablesError},
     takeover::Takeover,
 };
@@ -235,6 +236,7 @@ impl Agent {
             }
         })?;
         drop((short, loader));
+        sys::give_memory_back();
         agent.take(first).await;
         if until == Until::Applied {
             agent.hear_first().await;
