@@ -91,7 +91,7 @@ pub(crate) fn xdp_link_create(program: impl AsFd, ifindex: u32, generic: bool) -
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Gives memory that was freed back to the system: reading and loading programs takes several MiB, once.
+/// Gives memory that was freed back to the system: reading and loading programs, and a first look at everything, take several MiB, once.
 pub(crate) fn give_memory_back() {
     // SAFETY: malloc_trim(3) changes nothing that is in use, and may be called from any thread.
     #[cfg(target_env = "gnu")]

@@ -236,7 +236,6 @@ impl Agent {
             }
         })?;
         drop((short, loader));
-        sys::give_memory_back();
         agent.take(first).await;
         if until == Until::Applied {
             agent.hear_first().await;
@@ -494,6 +493,7 @@ impl Agent {
         if !self.status.ready {
             self.remove_leftovers().await;
             self.status.ready = true;
+            sys::give_memory_back();
             log::info!("ready");
         }
     }
