@@ -78,6 +78,8 @@ const CHECK_TICKS: u64 = 3;
 const SETTINGS_TICKS: u64 = 15;
 /// Ticks between looks at all that others on the node may have changed.
 const NODE_TICKS: u64 = 60;
+/// The one of [`NODE_TICKS`] that gives memory back: soon after the start.
+const REST_TICK: u64 = 3;
 /// Writers that do not rename write in several steps.
 const SETTLE: Duration = Duration::from_millis(30);
 
@@ -373,6 +375,10 @@ impl Agent {
         if self.ticks.is_multiple_of(NODE_TICKS) {
             self.check_node().await;
         }
+        // What the start and each look at the whole node took is not needed any more.
+        if self.ticks % NODE_TICKS == REST_TICK {
+            sys::give_memory_back();
+        }
     }
 
     fn plan(&self, desired: &Desired, scope: Option<&BTreeSet<u64>>, stuck: &BTreeSet<u64>) -> Plan {
@@ -493,7 +499,6 @@ impl Agent {
         if !self.status.ready {
             self.remove_leftovers().await;
             self.status.ready = true;
-            sys::give_memory_back();
             log::info!("ready");
         }
     }

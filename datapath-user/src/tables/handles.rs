@@ -397,9 +397,9 @@ impl Maps {
             wanted: &std::collections::HashMap<u32, u32>,
         ) -> Result<usize, TablesError> {
             let mut changes = 0;
-            for entry in 0..maps::DIRECT {
+            for (entry, slot) in array_entries(map, table)? {
                 let wanted = wanted.get(&entry).copied().unwrap_or(0);
-                if table.get(&entry, 0).map_err(failed(map, "read"))? != wanted {
+                if slot != wanted {
                     table.set(entry, wanted, 0).map_err(failed(map, "write"))?;
                     changes += 1;
                 }
