@@ -35,6 +35,9 @@ const BURST: u64 = 32;
 const SMALL: usize = 64;
 const CHUNK: usize = 1 << 16;
 const MIB: u64 = 1 << 20;
+/// MiB that one connection of a stream carries. How fast a connection is depends on how its windows opened, for as long as it
+/// lives: a round of the clock's engine has several.
+const CONNECTION: u64 = 256;
 /// Nothing of this takes so long; a lost packet that nobody repeats would wait for ever.
 const STUCK: Duration = Duration::from_secs(30);
 
@@ -130,8 +133,12 @@ impl Limit {
 ///
 /// # Errors
 ///
-/// When a port is taken, or the namespace is gone.
+/// When a port is taken, or a namespace is gone.
 pub fn serve(pair: &Pair) -> Result<()> {
+    // Connections that have ended hold their ports for a minute, but on loopback only for a second. With the default range
+    // they run out, and the search for a free one is all that [`Load::TcpCrr`] would measure then.
+    pair.client.sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
+    pair.client.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
     let bind = |port| TcpListener::bind((LISTEN, port));
     let sockets =
         || io::Result::Ok((bind(ECHO)?, bind(ONCE)?, bind(SINK)?, UdpSocket::bind((LISTEN, DATAGRAMS))?));
@@ -265,16 +272,19 @@ impl Client {
                 }
             }
             Self::Stream(to) => {
-                let mut stream = TcpStream::connect(*to)?;
                 let chunk = vec![0; CHUNK];
                 while limit.goes_on(done, start) {
-                    for _ in 0..MIB / CHUNK as u64 {
-                        stream.write_all(&chunk)?;
+                    let mut stream = TcpStream::connect(*to)?;
+                    let end = done + CONNECTION;
+                    while done < end && limit.goes_on(done, start) {
+                        for _ in 0..MIB / CHUNK as u64 {
+                            stream.write_all(&chunk)?;
+                        }
+                        done += 1;
                     }
-                    done += 1;
+                    stream.shutdown(Shutdown::Write)?;
+                    stream.read_exact(&mut [0])?;
                 }
-                stream.shutdown(Shutdown::Write)?;
-                stream.read_exact(&mut [0])?;
             }
             Self::Udp(socket) => {
                 while limit.goes_on(done, start) {

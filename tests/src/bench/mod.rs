@@ -70,11 +70,10 @@ impl Engine {
         }
     }
 
-    const fn rounds(self, load: Load) -> usize {
-        match (self, load) {
-            (Self::Counted, _) => 15,
-            (Self::Wall, Load::TcpStream) => 15,
-            (Self::Wall, _) => 31,
+    const fn rounds(self) -> usize {
+        match self {
+            Self::Counted => 15,
+            Self::Wall => 31,
         }
     }
 
@@ -119,7 +118,7 @@ pub fn run(engine: Engine, cases: &[Case], kinds: &[Kind], rounds: Option<usize>
         let kinds: Vec<Kind> = kinds.iter().copied().filter(asked).collect();
         let systems = build(engine, group, &kinds)?;
         for case in cases {
-            let rounds = rounds.unwrap_or(engine.rounds(case.load));
+            let rounds = rounds.unwrap_or(engine.rounds());
             measure(engine, case, &systems, rounds, &mut report)?;
         }
     }

@@ -430,8 +430,8 @@ fn percentile(times: &mut [f64], percent: usize) -> Value {
 }
 
 fn rss_kib(pid: u32) -> Result<u64> {
-    // What was freed a moment ago may still be counted.
-    thread::sleep(Duration::from_secs(1));
+    // An agent gives back what its start took when it has run for two seconds.
+    thread::sleep(Duration::from_secs(4));
     let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
