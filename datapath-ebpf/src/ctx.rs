@@ -305,7 +305,14 @@ impl Buff {
     /// What the frame adds to a counter.
     #[inline(always)]
     pub fn load_of(&self) -> Load {
-        Load { packets: 1, bytes: u64::from(self.len()) }
+        Load { packets: 1, bytes: self.bytes() }
+    }
+
+    /// The frame's length, further buffers of a large frame included. Kernel 5.18 and later.
+    #[inline(always)]
+    fn bytes(&self) -> u64 {
+        // SAFETY: the pointer is the hook's argument.
+        unsafe { bpf_xdp_get_buff_len(self.0) }
     }
 
     /// Sets the destination MAC.
@@ -346,7 +353,6 @@ impl Frame for Buff {
 
     #[inline(always)]
     fn len(&self) -> u32 {
-        // SAFETY: the pointer is the hook's argument. Kernel 5.18 and later; it counts further buffers of a large frame.
-        (unsafe { bpf_xdp_get_buff_len(self.0) }) as u32
+        self.bytes() as u32
     }
 }

@@ -107,10 +107,10 @@ fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     };
     let packet = plain::parse::<TAG, _>(frame)?;
     if T::CHECKED {
-        let mac: [u8; 6] = frame.load(0)?;
+        let mac = plain::Mac::dst(frame)?;
         // Refused at once: what a flood is made of is not read twice.
-        if !same_mac(mac, pod.wire_mac) {
-            return if mac[0] & 1 == 0 { Some(Decision::new(Outcome::WrongMac, pod)) } else { None };
+        if !mac.is(&pod.wire_mac) {
+            return if mac.is_group() { None } else { Some(Decision::new(Outcome::WrongMac, pod)) };
         }
         if !same(packet.dst, pod.ipv4) {
             return Some(Decision::new(Outcome::WrongAddress, pod));

@@ -46,6 +46,20 @@ struct Start {
 unsafe impl Plain for Start {}
 const _: () = assert!(size_of::<Start>() == 36 && align_of::<Start>() == 4);
 
+/// The first bytes of a frame, with the source MAC: eight of them LLVM would read as one number, and take apart again.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Macs {
+    dst: u32,
+    dst_end: u16,
+    _src: u16,
+    _src_end: u32,
+}
+
+// SAFETY: as above.
+unsafe impl Plain for Macs {}
+const _: () = assert!(size_of::<Macs>() == 12);
+
 /// The rest of a TCP header, from byte 46 of an untagged frame on.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -68,7 +82,7 @@ const PORTS: usize = 34;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// Source MAC; without meaning in a tagged frame.
-    pub src_mac: [u8; 6],
+    pub src_mac: Mac,
     /// Source address.
     pub src: [u8; 4],
     /// Destination address.
@@ -77,10 +91,34 @@ pub struct Packet {
     pub proto: u8,
 }
 
-#[inline(always)]
-const fn mac(start: u32, end: u16) -> [u8; 6] {
-    let ([a, b, c, d], [e, f]) = (start.to_ne_bytes(), end.to_ne_bytes());
-    [a, b, c, d, e, f]
+/// A MAC in the two words that it is compared by. Of six bytes LLVM makes one number, and shifts and masks both sides of each
+/// comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mac {
+    start: u32,
+    end: u16,
+}
+
+impl Mac {
+    /// The destination MAC of a frame; `None` where it ends before.
+    #[inline(always)]
+    pub fn dst<F: Frame + ?Sized>(frame: &F) -> Option<Self> {
+        let macs: Macs = frame.load(0)?;
+        Some(Self { start: macs.dst, end: macs.dst_end })
+    }
+
+    /// Whether it is this one.
+    #[inline(always)]
+    pub const fn is(self, mac: &[u8; 6]) -> bool {
+        self.start == u32::from_ne_bytes([mac[0], mac[1], mac[2], mac[3]])
+            && self.end == u16::from_ne_bytes([mac[4], mac[5]])
+    }
+
+    /// Whether it is of a group, the broadcast address included (IEEE 802, the first bit on the wire).
+    #[inline(always)]
+    pub const fn is_group(self) -> bool {
+        self.start.to_ne_bytes()[0] & 1 != 0
+    }
 }
 
 /// Reads a plain packet behind `TAG` bytes of VLAN tag inside the frame (0 or 4); `None` where it is anything else.
@@ -103,7 +141,7 @@ pub fn parse<const TAG: usize, F: Frame + ?Sized>(frame: &F) -> Option<Packet> {
         return None;
     }
     Some(Packet {
-        src_mac: mac(start.src_mac, start.src_mac_end),
+        src_mac: Mac { start: start.src_mac, end: start.src_mac_end },
         src: start.src.to_ne_bytes(),
         dst: start.dst.to_ne_bytes(),
         proto: start.proto,

@@ -290,7 +290,10 @@ proptest! {
             prop_assert_eq!((plain.src, plain.dst, plain.proto), parsed.map(|ip| (ip.src, ip.dst, ip.proto)).unwrap());
             let ports = if tagged { plain.ports::<4, _>(frame) } else { plain.ports::<0, _>(frame) };
             prop_assert_eq!(ports, parsed.map(|ip| (ip.l4.src_port, ip.l4.dst_port)));
-            prop_assert_eq!(Some(plain.src_mac), frame.load(if tagged { 10 } else { 6 }));
+            let macs: Option<[[u8; 6]; 2]> = frame.load(0);
+            let [dst, src] = macs.unwrap();
+            prop_assert!(tagged || plain.src_mac.is(&src));
+            prop_assert!(plain::Mac::dst(frame).is_some_and(|mac| mac.is(&dst) && mac.is_group() == (dst[0] & 1 != 0)));
         } else if let Some(ip) = parsed {
             prop_assert!(ip.header_len != 20 || ip.part != Part::Whole || ![6, 17].contains(&ip.proto), "{:?}", ip);
         }
