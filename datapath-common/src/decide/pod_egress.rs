@@ -68,7 +68,7 @@ pub fn decide_plain<'t, T: Tables, F: Frame + ?Sized>(
     }
     let packet = plain::parse::<0, _>(frame)?;
     if T::CHECKED {
-        if !packet.src_mac.is(&pod.mac) {
+        if !same_mac(packet.src_mac, pod.mac) {
             return None;
         }
         if let Some(reason) = wrong_address(pod, packet.src, packet.dst) {

@@ -82,13 +82,19 @@ const PORTS: usize = 34;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// Source MAC; without meaning in a tagged frame.
-    pub src_mac: Mac,
+    pub src_mac: [u8; 6],
     /// Source address.
     pub src: [u8; 4],
     /// Destination address.
     pub dst: [u8; 4],
     /// Protocol number: TCP or UDP.
     pub proto: u8,
+}
+
+#[inline(always)]
+const fn mac(start: u32, end: u16) -> [u8; 6] {
+    let ([a, b, c, d], [e, f]) = (start.to_ne_bytes(), end.to_ne_bytes());
+    [a, b, c, d, e, f]
 }
 
 /// A MAC in the two words that it is compared by. Of six bytes LLVM makes one number, and shifts and masks both sides of each
@@ -141,7 +147,7 @@ pub fn parse<const TAG: usize, F: Frame + ?Sized>(frame: &F) -> Option<Packet> {
         return None;
     }
     Some(Packet {
-        src_mac: Mac { start: start.src_mac, end: start.src_mac_end },
+        src_mac: mac(start.src_mac, start.src_mac_end),
         src: start.src.to_ne_bytes(),
         dst: start.dst.to_ne_bytes(),
         proto: start.proto,
