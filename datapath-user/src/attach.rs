@@ -198,7 +198,7 @@ pub fn attach_first(
     let stand_in = stand_in(pin);
     unpin(&stand_in)?;
     let drops = sys::load_drop().map_err(|error| link("load a stand-in for", error))?;
-    let first = sys::tcx_link_create_first(drops, target.ifindex, hook == Hook::Out)
+    let first = sys::tcx_link_create_first(drops, target.ifindex, hook)
         .map_err(|error| link("attach a stand-in for", error))?;
     sys::pin(first.as_fd(), &stand_in).map_err(|error| link("pin a stand-in for", error))?;
     match sys::link_detach(pin) {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     os::fd::AsFd as _,
 };
 
@@ -113,11 +114,8 @@ pub(super) fn entries<K: Pod, V: Pod>(
     map: &'static str,
     hash: &HashMap<MapData, K, V>,
 ) -> Result<Vec<(K, V)>, TablesError> {
-    let failed = |io_error| SyscallError { call: "bpf_map_lookup_batch", io_error };
-    sys::map_entries(hash.map().fd())
-        .map_err(failed)
-        .map_err(MapError::from)
-        .map_err(self::failed(map, "walk"))
+    // SAFETY: aya has compared the sizes of the types with the map's.
+    walked(map, unsafe { sys::map_entries(hash.map().fd()) })
 }
 
 /// All entries of an array.
@@ -125,9 +123,14 @@ fn array_entries<V: Pod>(
     map: &'static str,
     array: &Array<MapData, V>,
 ) -> Result<impl Iterator<Item = (u32, V)> + use<V>, TablesError> {
-    let failed = |io_error| SyscallError { call: "bpf_map_lookup_batch", io_error };
-    let all = sys::map_entries(array.map().fd()).map_err(failed).map_err(MapError::from);
-    all.map(Vec::into_iter).map_err(self::failed(map, "walk"))
+    // SAFETY: aya has compared the size of the value with the map's; keys of arrays have 4 bytes.
+    walked(map, unsafe { sys::map_entries(array.map().fd()) }).map(Vec::into_iter)
+}
+
+fn walked<T>(map: &'static str, result: io::Result<T>) -> Result<T, TablesError> {
+    result.map_err(|io_error| {
+        failed(map, "walk")(SyscallError { call: "bpf_map_lookup_batch", io_error }.into())
+    })
 }
 
 /// Removes entries of a hash map that programs write.
