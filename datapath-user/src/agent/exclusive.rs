@@ -10,14 +10,11 @@ use crate::{
     feature::TcKind,
     netns::Namespace,
     nic::{self, Nic, NicError},
-    object::{self, program},
+    object,
     pin::Hook,
     source::{Desired, Pod},
     sys,
 };
-
-/// Its programs, by the way that they look.
-const PROGRAMS: [(&str, Hook); 2] = [(program::NIC_INGRESS, Hook::In), (program::NIC_EGRESS, Hook::Out)];
 
 /// Whether a record is of a pod with an ENI of its own.
 pub(super) fn is_exclusive(record: &Endpoint) -> bool {
@@ -137,7 +134,7 @@ impl Agent {
         let Ok(namespace) = Namespace::open(&nic.netns) else { return Ok(()) };
         let Self { pods, pins, kind, grace, .. } = self;
         let _short = grace.expedite();
-        for (name, hook) in PROGRAMS {
+        for (name, hook) in attach::NIC.all() {
             let program = object::tc(pods, name)?;
             let pin = pins.pod_tc(ifindex, hook);
             let target = Target { interface: &nic.interface, ifindex };
@@ -157,7 +154,7 @@ impl Agent {
 
     /// Removes the links of a NIC, wherever it is. Filters of clsact go with the NIC's way to another namespace.
     fn detach_nic(&self, ifindex: u32) -> Result<(), AgentError> {
-        for (_, hook) in PROGRAMS {
+        for (_, hook) in attach::NIC.all() {
             self.pins.remove(&self.pins.pod_tc(ifindex, hook))?;
         }
         Ok(())

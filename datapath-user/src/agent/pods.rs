@@ -14,7 +14,7 @@ use crate::{
     attach::{self, AttachError, Target},
     feature::TcKind,
     net,
-    object::{self, program},
+    object,
     pin::Hook,
     source::Pod,
     tables::{GRACE, Live, TablesError},
@@ -46,7 +46,7 @@ impl Agent {
         let grace = Rc::clone(&self.grace);
         let _short = grace.expedite();
         let target = Target { interface, ifindex };
-        for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+        for (name, hook) in attach::POD.all() {
             let program = object::tc(&mut self.pods, name)?;
             attach::attach_tc(self.kind, program, name, target, hook, &self.pins.pod_tc(ifindex, hook))?;
         }
@@ -55,7 +55,7 @@ impl Agent {
 
     pub(super) fn detach_pod(&self, ifindex: u32) -> Result<(), AttachError> {
         let interface = net::ifname(ifindex);
-        for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+        for (name, hook) in attach::POD.all() {
             let pin = self.pins.pod_tc(ifindex, hook);
             attach::detach_tc(&self.pins, self.kind, name, interface.as_deref(), hook, &pin)?;
         }

@@ -6,6 +6,7 @@ use datapath_common::abi::Endpoint;
 
 use super::{Checks, Depth, ExpectedPod, Kind, Seen, programs};
 use crate::{
+    attach,
     attachment::Route,
     ethtool::{self, Offload},
     feature::TcKind,
@@ -170,7 +171,8 @@ pub(super) async fn whole_inside(pod: &ExpectedPod, kind: TcKind, pins: &Pins) -
         let mut checks = inside(&wanted).await?;
         if exclusive {
             let netlink = Netlink::open()?;
-            programs::nic(&mut checks, &netlink, kind, &pins, &wanted.interface, &record).await;
+            let (interface, ifindex) = (wanted.interface.as_str(), record.ifindex);
+            programs::pod(&mut checks, &netlink, kind, &pins, attach::NIC, interface, ifindex).await;
         }
         Ok(checks)
     };
