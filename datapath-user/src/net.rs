@@ -3,7 +3,7 @@
 use std::{fmt, num::NonZeroU16};
 
 pub use eniway_ipam::net::Mac;
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 /// A VLAN id that can carry a pod: 1 to 4094.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,7 +28,7 @@ impl fmt::Display for VlanId {
 }
 
 /// The name of a network interface, as the kernel allows it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct InterfaceName(String);
 
 impl InterfaceName {

@@ -36,7 +36,7 @@ pub(super) async fn allocate(
         namespace: wanted.namespace.clone(),
         name: wanted.name.clone(),
         netns: Some(wanted.netns.display().to_string()),
-        interface: wanted.interface.clone(),
+        interface: wanted.interface.to_string(),
         address: AddressRequest::Pool,
         security_groups: None,
         timeout: None,

@@ -4,10 +4,10 @@ use std::{fmt::Write as _, process::ExitCode, time::Duration};
 
 use eniway_agent_api::{ExpectRequest, RepairRequest, RepairResponse, SOCKET, agent_client::AgentClient};
 use serde::Serialize;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use super::{
-    CliError, Node, Target, print, print_json,
+    CliError, Node, Target, print, print_json, process,
     table::{Align, Table},
 };
 use crate::{
@@ -138,15 +138,15 @@ async fn look(node: &Node, notes: &mut Vec<String>) -> Result<Report, CliError> 
 }
 
 fn connect(node: &Node, patience: Duration) -> Result<AgentClient<Channel>, String> {
-    let socket = format!("unix:{}", node.config.run_dir.join(SOCKET).display());
-    let endpoint = Endpoint::from_shared(socket).map_err(|error| error.to_string())?;
-    Ok(AgentClient::new(endpoint.connect_timeout(patience).timeout(patience).connect_lazy()))
+    let socket = node.config.run_dir.join(SOCKET);
+    eniway_agent_api::client(&socket, patience, patience).map_err(|error| error.to_string())
 }
 
 /// Has the agent write down what should be now. Returns whether it did.
 async fn expect(node: &Node, notes: &mut Vec<String>) -> bool {
     let asked = async {
-        if node.status.as_ref().is_some_and(|status| is_stopped(status.pid)) {
+        let state = node.status.as_ref().and_then(|status| process(status.pid));
+        if state.is_some_and(|(_, state)| matches!(state, 'T' | 't')) {
             return Err("it is stopped".to_owned());
         }
         let mut agent = connect(node, PATIENCE)?;
@@ -159,12 +159,6 @@ async fn expect(node: &Node, notes: &mut Vec<String>) -> bool {
             false
         }
     }
-}
-
-/// Whether a signal has stopped a process.
-fn is_stopped(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']))
 }
 
 async fn fix(node: &Node, findings: &[Finding], notes: &mut Vec<String>) -> Result<(), CliError> {
