@@ -1,6 +1,9 @@
 //! The maps of security groups: written in the half that is not in force, then switched to.
 
-use std::collections::{self as hash, BTreeMap};
+use std::{
+    collections::{self as hash, BTreeMap},
+    hash::Hasher as _,
+};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use datapath_common::abi::{
@@ -17,7 +20,7 @@ use super::{
     TablesError,
     handles::{Raw, entries, failed, found, gone, remove_where},
 };
-use crate::config::Limits;
+use crate::{config::Limits, fnv::Fnv};
 
 /// Handles to the maps of security groups.
 pub struct PolicyMaps {
@@ -93,11 +96,10 @@ fn words<W: Into<u64>>(words: impl IntoIterator<Item = W>) -> Vec<u8> {
     words.into_iter().flat_map(|word| word.into().to_le_bytes()).collect()
 }
 
-/// FNV-1a, by which the same rows give the same number in every version.
 fn digest(rows: impl Iterator<Item = Vec<u8>>) -> u64 {
-    rows.flatten().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    let mut hash = Fnv::default();
+    rows.for_each(|row| hash.write(&row));
+    hash.finish()
 }
 
 type Opened = Result<MapData, TablesError>;

@@ -13,6 +13,7 @@
 pub mod parent;
 
 use std::{
+    hash::Hasher as _,
     net::Ipv4Addr,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -25,6 +26,7 @@ use crate::{
     attachment::{Extras, Route},
     audit,
     ethtool::{self, EthtoolError, Offload},
+    fnv::Fnv,
     net::{InterfaceName, Mac},
     netlink::{Existing, Link, LinkChange, MAIN, Netlink, NetlinkError, VethEnd},
     netns::{Namespace, NetnsError},
@@ -212,11 +214,9 @@ pub async fn unwire(host_interface: &str) -> Result<(), WiringError> {
 
 /// The name of a pod's host side: the same for the same container and interface, for ever.
 pub fn host_interface_name(owner_key: &str, interface: &str) -> String {
-    // FNV-1a, whose result, unlike that of the standard library's hasher, is the same with every version of Rust.
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in owner_key.bytes().chain([0]).chain(interface.bytes()) {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    }
+    let mut hash = Fnv::default();
+    [owner_key.as_bytes(), &[0], interface.as_bytes()].into_iter().for_each(|part| hash.write(part));
+    let hash = hash.finish();
     let folded = (hash ^ (hash >> 44)) & 0x0fff_ffff_ffff;
     format!("{OWN_PREFIX}{folded:011x}")
 }
