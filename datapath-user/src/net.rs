@@ -75,6 +75,11 @@ pub fn ifname(index: u32) -> Option<String> {
     nix::net::if_::if_indextoname(index).ok()?.into_string().ok()
 }
 
+/// A MAC, or that there is none.
+pub(crate) fn mac_text(mac: Option<[u8; 6]>) -> String {
+    mac.map_or_else(|| "none".to_owned(), |mac| Mac(mac).to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -44,23 +44,17 @@ impl Agent {
         let found = nic::find(&spec, &parents).await?;
         let known = self.nics.get(&key(owner)).cloned();
         let before = known.as_ref().map_or(0, |nic| nic.index);
-        let mut given = match (found.on_node, known) {
-            (Some(nic), _) => nic,
-            (None, Some(nic)) => nic,
-            // In the pod since a time of which nobody knows any more.
-            (None, None) => {
-                let [.., a, b, c] = pod.mac.0;
-                Nic {
-                    mac: pod.mac,
-                    name: format!("eni{a:02x}{b:02x}{c:02x}"),
-                    mtu: pod.mtu.into(),
-                    interface: pod.interface.to_string(),
-                    netns: pod.netns.clone().unwrap_or_default(),
-                    home_index: 0,
-                    index: 0,
-                }
-            }
+        // In the pod since a time of which nobody knows any more.
+        let unknown = || Nic {
+            mac: pod.mac,
+            name: nic::name_by_mac(pod.mac),
+            mtu: pod.mtu.into(),
+            interface: pod.interface.to_string(),
+            netns: pod.netns.clone().unwrap_or_default(),
+            home_index: 0,
+            index: 0,
         };
+        let mut given = found.on_node.or(known).unwrap_or_else(unknown);
         let taken = found.taken.union(&self.indexes_of_others(owner)?).copied().collect();
         given.index = nic::choose_index(found.inside.into_iter().chain([before]), &taken);
         if let Some(inside) = found.inside.filter(|index| *index != given.index) {

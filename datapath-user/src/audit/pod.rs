@@ -10,18 +10,13 @@ use crate::{
     attachment::Route,
     ethtool::{self, Offload},
     feature::TcKind,
-    net::Mac,
+    net::{Mac, mac_text},
     netlink::{self, Link, MAIN, Neighbour, Netlink},
     netns::Namespace,
     pin::Pins,
     sysctl,
     wiring::{self, PodSpec, WiringError},
 };
-
-/// A MAC, or that there is none.
-pub(super) fn mac_text(mac: Option<[u8; 6]>) -> String {
-    mac.map_or_else(|| "none".to_owned(), |mac| Mac(mac).to_string())
-}
 
 fn state(up: bool) -> &'static str {
     if up { "up" } else { "down" }
