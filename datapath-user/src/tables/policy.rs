@@ -5,7 +5,7 @@ use std::{
     hash::Hasher as _,
 };
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use aya::maps::{Array, HashMap, MapData};
 use datapath_common::abi::{
     Admitted, Endpoint, PairKey, maps,
     policy::{
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     TablesError,
-    handles::{Raw, entries, failed, found, gone, remove_where},
+    handles::{Raw, entries, failed, found, gone, remove_where, typed},
 };
 use crate::{config::Limits, fnv::Fnv};
 
@@ -102,24 +102,16 @@ fn digest(rows: impl Iterator<Item = Vec<u8>>) -> u64 {
     hash.finish()
 }
 
-type Opened = Result<MapData, TablesError>;
-
 impl PolicyMaps {
-    pub(super) fn build(open: impl Fn(&'static str) -> Opened) -> Result<Self, TablesError> {
-        fn typed<T: TryFrom<Map, Error = MapError>>(
-            name: &'static str,
-            data: Opened,
-        ) -> Result<T, TablesError> {
-            Map::from_map_data(data?).and_then(T::try_from).map_err(failed(name, "use"))
-        }
+    pub(super) fn build(open: impl Fn(&'static str) -> Result<MapData, TablesError>) -> Result<Self, TablesError> {
         Ok(Self {
-            epoch: typed(maps::EPOCH, open(maps::EPOCH))?,
-            verdict: typed(maps::VERDICT, open(maps::VERDICT))?,
-            class: typed(maps::CLASS, open(maps::CLASS))?,
-            program: typed(maps::PROGRAM, open(maps::PROGRAM))?,
-            rules: typed(maps::RULES, open(maps::RULES))?,
-            pairs: typed(maps::PAIRS, open(maps::PAIRS))?,
-            pair_mark: typed(maps::PAIR_MARK, open(maps::PAIR_MARK))?,
+            epoch: typed(maps::EPOCH, &open)?,
+            verdict: typed(maps::VERDICT, &open)?,
+            class: typed(maps::CLASS, &open)?,
+            program: typed(maps::PROGRAM, &open)?,
+            rules: typed(maps::RULES, &open)?,
+            pairs: typed(maps::PAIRS, &open)?,
+            pair_mark: typed(maps::PAIR_MARK, &open)?,
         })
     }
 
