@@ -21,7 +21,7 @@ use ipnet::Ipv4Net;
 use super::{WiringError, check_name};
 use crate::{
     net::Mac,
-    netlink::{DefaultRoute, DisplayRule, Existing, Link, MAIN, Netlink, NetlinkError, SourceRule},
+    netlink::{DisplayRule, Existing, Link, MAIN, Netlink, NetlinkError, Route, SourceRule},
     settings::{NodeChange, Settings},
 };
 
@@ -117,7 +117,7 @@ async fn route_by_parent(
     remove_rules(netlink, link.index, &kept, spared).await?;
     for route in parent_routes(netlink, link.index).await? {
         if !kept.iter().any(|rule| rule.table == route.table) {
-            netlink.delete_default_route(route).await?;
+            netlink.delete_route(route).await?;
         }
     }
     Ok(changes)
@@ -129,7 +129,7 @@ pub(crate) fn rules(source: Ipv4Net, table: u32) -> [SourceRule; 2] {
 }
 
 /// The table that has this default route already, or the first free one.
-fn table_for(routes: &[DefaultRoute], parent: u32, gateway: Ipv4Addr) -> Result<u32, WiringError> {
+fn table_for(routes: &[Route], parent: u32, gateway: Ipv4Addr) -> Result<u32, WiringError> {
     let own = routes.iter().find(|route| {
         TABLES.contains(&route.table) && route.output == parent && route.gateway == Some(gateway)
     });
@@ -144,7 +144,7 @@ fn table_for(routes: &[DefaultRoute], parent: u32, gateway: Ipv4Addr) -> Result<
         })
 }
 
-async fn parent_routes(netlink: &Netlink, parent: u32) -> Result<Vec<DefaultRoute>, WiringError> {
+async fn parent_routes(netlink: &Netlink, parent: u32) -> Result<Vec<Route>, WiringError> {
     let mut routes = netlink.own_default_routes().await?;
     routes.retain(|route| route.output == parent && TABLES.contains(&route.table));
     Ok(routes)
@@ -185,7 +185,7 @@ pub async fn restore(interface: &str) -> Result<(), WiringError> {
     };
     remove_rules(&netlink, link.index, &[], |_| false).await?;
     for route in parent_routes(&netlink, link.index).await? {
-        netlink.delete_default_route(route).await?;
+        netlink.delete_route(route).await?;
     }
     netlink.delete_own_neighbours(&link).await?;
     netlink.reset_fair_queue(&link).await?;
@@ -219,13 +219,18 @@ mod tests {
     #[test]
     fn a_subnet_keeps_its_table_and_a_new_one_takes_a_free_one() {
         let gateway = Ipv4Addr::new(10, 1, 16, 1);
-        let routes = [DefaultRoute { table: 2100, output: 5, gateway: Some(gateway) }];
+        let route = |table, output| Route {
+            table,
+            destination: Ipv4Net::default(),
+            output,
+            gateway: Some(gateway),
+        };
+        let routes = [route(2100, 5)];
         assert_eq!(table_for(&[], 5, gateway).unwrap(), 2100);
         assert_eq!(table_for(&routes, 5, gateway).unwrap(), 2100);
         assert_eq!(table_for(&routes, 6, gateway).unwrap(), 2101);
         assert_eq!(table_for(&routes, 5, Ipv4Addr::new(10, 1, 20, 1)).unwrap(), 2101);
-        let full: Vec<_> =
-            TABLES.map(|table| DefaultRoute { table, output: 1, gateway: Some(gateway) }).collect();
+        let full: Vec<_> = TABLES.map(|table| route(table, 1)).collect();
         assert!(table_for(&full, 5, gateway).is_err());
     }
 

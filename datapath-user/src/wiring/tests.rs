@@ -131,7 +131,7 @@ fn a_pod_is_wired_found_again_repaired_and_taken_down() {
             .run(async || {
                 let netlink = Netlink::open().unwrap();
                 let route = netlink.own_default_routes().await.unwrap()[0];
-                netlink.delete_default_route(route).await.unwrap();
+                netlink.delete_route(route).await.unwrap();
                 ethtool::set("eth0", Offload::Gro, false).unwrap();
             })
             .await
