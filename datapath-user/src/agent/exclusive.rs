@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use datapath_common::abi::Endpoint;
 
-use super::{Agent, AgentError, pod_spec};
+use super::{
+    Agent, AgentError,
+    pods::{pod_spec, put},
+};
 use crate::{
     attach::{self, Target},
     feature::TcKind,
@@ -101,7 +104,7 @@ impl Agent {
     }
 
     /// Attaches the programs inside the pod and writes its record. Returns how much changed.
-    pub(super) fn program_nic(
+    pub(super) async fn program_nic(
         &mut self,
         pod: &Pod,
         record: &Endpoint,
@@ -113,8 +116,7 @@ impl Agent {
         if before.is_none_or(|live| live.record.ifindex != ifindex) || !self.is_alive(ifindex) {
             self.attach_nic(owner, ifindex)?;
         }
-        let put =
-            self.tables.put_among(&Endpoint { ifindex, ..*record }, &|owner| moving.contains(&owner))?;
+        let put = put(&mut self.tables, &Endpoint { ifindex, ..*record }, moving).await?;
         let limited = self.limit(pod, put.id)?;
         if let Some(before) = before.filter(|live| live.record.ifindex != ifindex) {
             self.detach_pod(before.record.ifindex)?;

@@ -17,7 +17,7 @@ use crate::{
     object,
     pin::Hook,
     source::Pod,
-    tables::{GRACE, Live, TablesError},
+    tables::{GRACE, Live, Put, Tables, TablesError},
     wiring::{self, PodSpec},
 };
 
@@ -141,7 +141,7 @@ impl Agent {
         moving: &BTreeSet<u64>,
     ) -> Result<usize, AgentError> {
         if pod.is_exclusive() {
-            return self.program_nic(pod, record, moving);
+            return self.program_nic(pod, record, moving).await;
         }
         let owner = record.owner;
         // Wired a moment ago, or it would be stuck; if it went away since, the next check finds it.
@@ -160,14 +160,7 @@ impl Agent {
             }
             return Err(error);
         }
-        let among = |owner| moving.contains(&owner);
-        let put = match self.tables.put_among(&record, &among) {
-            Err(TablesError::Resting) => {
-                time::sleep(GRACE).await;
-                self.tables.put_among(&record, &among)?
-            }
-            result => result?,
-        };
+        let put = put(&mut self.tables, &record, moving).await?;
         let limited = self.limit(pod, put.id)?;
         if let Some(before) = before.filter(|live| live.record.ifindex != ifindex) {
             self.detach_pod(before.record.ifindex)?;
@@ -194,6 +187,22 @@ impl Agent {
             };
             gone || !self.is_attached(ifindex)
         })
+    }
+}
+
+/// Writes a record, once there is a place for it that does not rest; owners that are moving give way.
+pub(super) async fn put(
+    tables: &mut Tables,
+    record: &Endpoint,
+    moving: &BTreeSet<u64>,
+) -> Result<Put, TablesError> {
+    let among = |owner| moving.contains(&owner);
+    match tables.put_among(record, &among) {
+        Err(TablesError::Resting) => {
+            time::sleep(GRACE).await;
+            tables.put_among(record, &among)
+        }
+        result => result,
     }
 }
 

@@ -39,8 +39,6 @@ pub struct ParentSpec {
 /// A prepared parent ENI.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
-    /// Its index.
-    pub ifindex: u32,
     /// Whether VLAN tags reach XDP: read back from the driver, not assumed.
     pub rxvlan_off: bool,
     /// What eniway holds changed on the node for this parent, for people to read.
@@ -82,7 +80,7 @@ pub async fn prepare(spec: &ParentSpec, known: &mut Settings) -> Result<Prepared
     if !spec.gateways.is_empty() {
         changes.extend(route_by_parent(&netlink, spec, &link).await?);
     }
-    Ok(Prepared { ifindex: link.index, rxvlan_off, changes, queue_fault })
+    Ok(Prepared { rxvlan_off, changes, queue_fault })
 }
 
 /// Kernel settings that pods behind a parent need: the node forwards for them, and does not mind by which interface a
@@ -113,8 +111,7 @@ async fn route_by_parent(
             kept.push(rule);
         }
     }
-    let spared = |rule: &SourceRule| kept.contains(rule);
-    remove_rules(netlink, link.index, &kept, spared).await?;
+    remove_rules(netlink, link.index, &kept).await?;
     for route in parent_routes(netlink, link.index).await? {
         if !kept.iter().any(|rule| rule.table == route.table) {
             netlink.delete_route(route).await?;
@@ -151,17 +148,12 @@ async fn parent_routes(netlink: &Netlink, parent: u32) -> Result<Vec<Route>, Wir
 }
 
 /// Removes the rules that lead to a parent's tables, and with them those of the same subnet for the main table, but
-/// for what is spared.
-async fn remove_rules(
-    netlink: &Netlink,
-    parent: u32,
-    kept: &[SourceRule],
-    spared: impl Fn(&SourceRule) -> bool,
-) -> Result<(), WiringError> {
+/// for those that are kept.
+async fn remove_rules(netlink: &Netlink, parent: u32, kept: &[SourceRule]) -> Result<(), WiringError> {
     let tables: Vec<u32> = parent_routes(netlink, parent).await?.iter().map(|route| route.table).collect();
     let rules = netlink.source_rules().await?;
     let leading = rules.iter().filter(|rule| rule.priority == RULE_PARENT && tables.contains(&rule.table));
-    for rule in leading.filter(|rule| !spared(rule)) {
+    for rule in leading.filter(|rule| !kept.contains(rule)) {
         netlink.delete_rule(*rule).await?;
         let [main, _] = self::rules(rule.source, rule.table);
         let shared = kept.contains(&main)
@@ -175,15 +167,14 @@ async fn remove_rules(
     Ok(())
 }
 
-/// Takes back what [`prepare`] did to the node's routing for this parent: rules, routes, neighbours. Settings
-/// and offloads: [`Settings::restore`]. A parent that is gone took everything but the rules
-/// with it.
+/// Takes back what [`prepare`] did to the node's routing for this parent, and to its queue: rules, routes, neighbours. Settings
+/// and offloads: [`Settings::restore`]. A parent that is gone took everything but the rules with it.
 pub async fn restore(interface: &str) -> Result<(), WiringError> {
     let netlink = Netlink::open()?;
     let Some(link) = netlink.find_link(interface).await? else {
         return remove_dead_rules(&netlink).await;
     };
-    remove_rules(&netlink, link.index, &[], |_| false).await?;
+    remove_rules(&netlink, link.index, &[]).await?;
     for route in parent_routes(&netlink, link.index).await? {
         netlink.delete_route(route).await?;
     }
