@@ -162,6 +162,7 @@ pub async fn give(spec: &PodSpec, nic: &Nic) -> Result<(), NicError> {
 /// When it cannot be moved.
 pub async fn take_back(nic: &Nic) -> Result<(), NicError> {
     let home = Namespace::current()?;
+    let mut hidden = None;
     match Namespace::open(&nic.netns) {
         Ok(namespace) if !namespace.same_as(&home) => {
             let (gone, to) = (nic.clone(), home.clone());
@@ -172,10 +173,15 @@ pub async fn take_back(nic: &Nic) -> Result<(), NicError> {
                 moved => moved??,
             }
         }
-        _ => {}
+        Ok(_) | Err(NetnsError::Gone { .. }) => {}
+        Err(error) => hidden = Some(error),
     }
     let netlink = Netlink::open()?;
     let Some(link) = by_mac(&netlink, nic.mac).await? else {
+        // It may be where nobody can look.
+        if let Some(error) = hidden {
+            return Err(error.into());
+        }
         log::warn!("the ENI {} is nowhere on the node any more", nic.mac);
         return Ok(());
     };
@@ -281,6 +287,10 @@ mod tests {
                 assert_eq!((found.on_node, found.inside), (None, Some(index)));
                 wiring::verify(&spec).await.unwrap();
             }
+            // A file has no namespaces below it.
+            let hidden = Nic { netns: "/proc/self/exe/net".into(), ..nic.clone() };
+            let error = take_back(&hidden).await.unwrap_err();
+            assert!(matches!(error, NicError::Netns(NetnsError::Open { .. })), "{error}");
 
             take_back(&nic).await.unwrap();
             take_back(&nic).await.unwrap();
