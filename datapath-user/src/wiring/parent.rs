@@ -296,6 +296,19 @@ mod tests {
             restore("eth2").await.unwrap();
             assert_eq!(netlink.source_rules().await.unwrap(), before);
 
+            // What was so before eniway is nobody's to put back, whoever has undone it since.
+            let known = &mut Settings::load(&dir.join("later")).unwrap();
+            let changes = prepare(&one, known).await.unwrap().changes;
+            assert!(changes.iter().all(|change| change.was.is_none()), "{changes:?}");
+            netlink.set_down(&netlink.link("eth1").await.unwrap()).await.unwrap();
+            ethtool::set("eth1", Offload::RxVlan, true).unwrap();
+            sysctl::set(&["ipv4", "ip_forward"], "0").unwrap();
+            prepare(&one, known).await.unwrap();
+            assert!(known.restore().await.is_empty());
+            assert!(netlink.link("eth1").await.unwrap().up);
+            assert!(!ethtool::get("eth1", Offload::RxVlan).unwrap());
+            assert_eq!(sysctl::get(&["ipv4", "ip_forward"]).unwrap().as_deref(), Some("1"));
+
             let missing = ParentSpec { interface: "eth9".to_owned(), gateways: vec![], fair_queue: false };
             let error = prepare(&missing, known).await.unwrap_err().to_string();
             assert!(error.contains("no interface eth9") && error.contains("eth1"), "{error}");
