@@ -13,6 +13,7 @@ use crate::{
     net,
     nic::{self, Nic},
     pin::{PinError, Pins},
+    policy::PolicyState,
     privilege::{self, PrivilegeError},
     settings::Settings,
     status::Status,
@@ -116,6 +117,7 @@ pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
     pins.remove_all()?;
     let _ = fs::remove_file(Status::path(&config.run_dir));
     let _ = fs::remove_file(Expected::path(&config.run_dir));
+    let _ = fs::remove_file(PolicyState::path(&config.run_dir));
     Ok(report)
 }
 
