@@ -61,7 +61,8 @@ pub fn build(package: &str, dir: &Path, objects: &[&str], watch: &[&str], featur
     // OUT_DIR is <target>/<profile>/build/<package>/out. All crates and profiles share one directory beside the profiles,
     // so that the core library is built once; cargo's lock on it is not the one that the calling cargo holds. With features it
     // is one of their own: the objects have the same names there.
-    let target_dir = out_dir.ancestors().nth(4).unwrap_or(&out_dir).join([&["bpf"][..], features].concat().join("-"));
+    let target_dir =
+        out_dir.ancestors().nth(4).unwrap_or(&out_dir).join([&["bpf"][..], features].concat().join("-"));
     let arch = env::var("CARGO_CFG_TARGET_ARCH").context("CARGO_CFG_TARGET_ARCH")?;
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo

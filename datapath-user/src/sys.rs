@@ -100,8 +100,7 @@ fn link_create(program: impl AsFd, ifindex: u32, attach_type: u32, flags: u32) -
         flags: u32,
         rest: [u64; 4],
     }
-    let mut attr =
-        Attr { program: program.as_fd().as_raw_fd(), ifindex, attach_type, flags, rest: [0; 4] };
+    let mut attr = Attr { program: program.as_fd().as_raw_fd(), ifindex, attach_type, flags, rest: [0; 4] };
     // SAFETY: `struct { ... } link_create` of `union bpf_attr`, without pointers.
     unsafe { bpf_open(BPF_LINK_CREATE, &mut attr) }
 }

@@ -13,8 +13,7 @@ use super::{Agent, AgentError, exclusive::is_exclusive};
 use crate::{
     attach::{self, AttachError, Target},
     feature::TcKind,
-    net,
-    object,
+    net, object,
     pin::Hook,
     source::Pod,
     tables::{GRACE, Live, Put, Tables, TablesError},

@@ -20,8 +20,8 @@ use std::{
 use aya::{maps::MapError, sys::SyscallError};
 use datapath_common::abi::Endpoint;
 
-use self::places::Places;
 pub(crate) use self::handles::{layout_of, map_data};
+use self::places::Places;
 pub use self::{
     handles::{Direct, Maps},
     policy::{PolicyDigest, PolicyMaps, Written},

@@ -103,7 +103,9 @@ fn digest(rows: impl Iterator<Item = Vec<u8>>) -> u64 {
 }
 
 impl PolicyMaps {
-    pub(super) fn build(open: impl Fn(&'static str) -> Result<MapData, TablesError>) -> Result<Self, TablesError> {
+    pub(super) fn build(
+        open: impl Fn(&'static str) -> Result<MapData, TablesError>,
+    ) -> Result<Self, TablesError> {
         Ok(Self {
             epoch: typed(maps::EPOCH, &open)?,
             verdict: typed(maps::VERDICT, &open)?,

@@ -68,16 +68,9 @@ fn a_pod_comes_and_goes() {
 fn nobody_remembers_a_pod_that_is_new() {
     let Some(mut tables) = tables(4) else { return };
     let flow = Flow { door: 1, origin: 1, pad: [0; 2], seen: 0 };
-    let about = |n| FlowKey {
-        id: 2,
-        remote: record(n).ipv4,
-        remote_port: 1,
-        local_port: 2,
-        proto: 6,
-        pad: [0; 3],
-    };
-    let known =
-        |tables: &Tables| [1, 3].map(|n| tables.maps.flow(&about(n)).expect("it is read").is_some());
+    let about =
+        |n| FlowKey { id: 2, remote: record(n).ipv4, remote_port: 1, local_port: 2, proto: 6, pad: [0; 3] };
+    let known = |tables: &Tables| [1, 3].map(|n| tables.maps.flow(&about(n)).expect("it is read").is_some());
     // As an agent leaves it that was killed while it released the pod.
     tables.maps.set_flow(&about(1), &flow).unwrap();
     tables.put(&record(1)).unwrap();

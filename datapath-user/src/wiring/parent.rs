@@ -210,12 +210,8 @@ mod tests {
     #[test]
     fn a_subnet_keeps_its_table_and_a_new_one_takes_a_free_one() {
         let gateway = Ipv4Addr::new(10, 1, 16, 1);
-        let route = |table, output| Route {
-            table,
-            destination: Ipv4Net::default(),
-            output,
-            gateway: Some(gateway),
-        };
+        let route =
+            |table, output| Route { table, destination: Ipv4Net::default(), output, gateway: Some(gateway) };
         let routes = [route(2100, 5)];
         assert_eq!(table_for(&[], 5, gateway).unwrap(), 2100);
         assert_eq!(table_for(&routes, 5, gateway).unwrap(), 2100);
