@@ -12,7 +12,7 @@ use std::{
 
 use crate::sysctl;
 
-const KNOB: &str = "/sys/kernel/rcu_expedited";
+pub(crate) const KNOB: &str = "/sys/kernel/rcu_expedited";
 /// In the run directory while the knob is turned: a process that was killed meanwhile leaves it there.
 const MARK: &str = "rcu-expedited";
 

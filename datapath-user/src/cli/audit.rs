@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     audit::{self, Depth, Difference, Expected, Finding, Kind, Report, Target as Repair},
-    grace::Grace,
+    grace::{Grace, KNOB},
     lock,
 };
 
@@ -114,7 +114,7 @@ async fn look(node: &Node, notes: &mut Vec<String>) -> Result<Report, CliError> 
                 place: "node".to_owned(),
                 difference: Difference {
                     kind: Kind::Sysctl,
-                    what: "/sys/kernel/rcu_expedited".to_owned(),
+                    what: KNOB.to_owned(),
                     expected: "0".to_owned(),
                     found: "1, as an agent left it that was killed".to_owned(),
                 },
@@ -171,7 +171,8 @@ async fn fix(node: &Node, findings: &[Finding], notes: &mut Vec<String>) -> Resu
         };
         // Puts the grace periods back.
         Grace::new(&node.config.run_dir);
-        if findings.iter().any(|finding| finding.repair != Repair::Nobody) {
+        let is_left = |it: &Finding| it.repair != Repair::Nobody && it.difference.what != KNOB;
+        if findings.iter().any(is_left) {
             notes.push(
                 "no agent is running, which alone repairs pods, parents and tables: start it \
                  (`eniway agent`, or `eniway agent --once`) and run `eniway audit --fix` again"
@@ -258,6 +259,22 @@ mod tests {
             },
             repair: Repair::Pod(1),
         }
+    }
+
+    #[tokio::test]
+    async fn an_agent_is_asked_for_only_where_one_is_needed() {
+        let run_dir = std::env::temp_dir().join(format!("eniway-audit-{}", std::process::id()));
+        let mut node = Node { running: false, ..crate::cli::tests::node(Vec::new()) };
+        node.config.run_dir.clone_from(&run_dir);
+        let mut notes = Vec::new();
+        let left_turned = Finding { repair: Repair::Leftovers, ..finding(KNOB) };
+        fix(&node, &[left_turned, Finding { repair: Repair::Nobody, ..finding("MTU") }], &mut notes)
+            .await
+            .unwrap();
+        assert!(notes.is_empty(), "{notes:?}");
+        fix(&node, &[finding("MTU of eth0")], &mut notes).await.unwrap();
+        assert!(matches!(notes.as_slice(), [one] if one.contains("no agent is running")), "{notes:?}");
+        std::fs::remove_dir_all(run_dir).unwrap();
     }
 
     #[test]
