@@ -6,5 +6,5 @@ use std::path::Path;
 fn main() -> anyhow::Result<()> {
     bpf_build::build("fabric-ebpf", "fabric-ebpf".as_ref(), &["fabric", "floor", "load", "probe"], &[], &[])?;
     let (datapath, watch) = (Path::new("../datapath-ebpf"), ["../datapath-common/src"]);
-    bpf_build::build_variant("datapath-ebpf", datapath, &["eniway"], &watch, &[], "unchecked")
+    bpf_build::build("datapath-ebpf", datapath, &["eniway"], &watch, &["unchecked"])
 }

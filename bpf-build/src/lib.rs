@@ -26,31 +26,13 @@ pub const fn is_stub(object: &[u8]) -> bool {
     object.is_empty()
 }
 
-/// Builds every binary of the package `package`, found in `dir`, and copies the objects named in `objects`
-/// into `OUT_DIR`, with these features of the package. `watch` lists further directories (relative to `dir`) whose change asks for a rebuild.
+/// Builds every binary of the package `package`, found in `dir`, with these features, and copies the objects named in
+/// `objects` into `OUT_DIR`. `watch` lists further directories (relative to `dir`) whose change asks for a rebuild.
 ///
 /// # Errors
 ///
 /// When neither toolchain can build the core library, or when compiling or linking fails.
 pub fn build(package: &str, dir: &Path, objects: &[&str], watch: &[&str], features: &[&str]) -> Result<()> {
-    build_variant(package, dir, objects, watch, features, "")
-}
-
-/// As [`build`], with a further feature if one is given: the objects are then named `<object>-<variant>`.
-///
-/// # Errors
-///
-/// As for [`build`].
-pub fn build_variant(
-    package: &str,
-    dir: &Path,
-    objects: &[&str],
-    watch: &[&str],
-    features: &[&str],
-    variant: &str,
-) -> Result<()> {
-    let named = |name: &str| if variant.is_empty() { name.to_owned() } else { format!("{name}-{variant}") };
-    let features = [features, &[variant]].concat();
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").context("OUT_DIR: not run from a build script")?);
     let dir = dir.canonicalize().with_context(|| format!("the BPF crate {}", dir.display()))?;
     println!("cargo::rerun-if-env-changed=ENIWAY_BPF_STUB");
@@ -68,7 +50,7 @@ pub fn build_variant(
     }
     if linker.is_none() || env::var_os("ENIWAY_BPF_STUB").is_some_and(|v| v == "1") {
         for object in objects {
-            fs::write(out_dir.join(named(object)), [])?;
+            fs::write(out_dir.join(object), [])?;
         }
         println!(
             "cargo::warning={package}: no bpf-linker, so the BPF objects are empty; `cargo xtask setup` installs it"
@@ -77,9 +59,10 @@ pub fn build_variant(
     }
 
     // OUT_DIR is <target>/<profile>/build/<package>/out. All crates and profiles share one directory beside the profiles,
-    // so that the core library is built once; cargo's lock on it is not the one that the calling cargo holds. A variant has
-    // one of its own: its objects have the same names there.
-    let target_dir = out_dir.ancestors().nth(4).unwrap_or(&out_dir).join(named("bpf"));
+    // so that the core library is built once; cargo's lock on it is not the one that the calling cargo holds. With features it
+    // is one of their own: the objects have the same names there.
+    let target_dir =
+        out_dir.ancestors().nth(4).unwrap_or(&out_dir).join([&["bpf"][..], features].concat().join("-"));
     let arch = env::var("CARGO_CFG_TARGET_ARCH").context("CARGO_CFG_TARGET_ARCH")?;
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
@@ -96,8 +79,7 @@ pub fn build_variant(
     }
     for object in objects {
         let built = target_dir.join("bpfel-unknown-none/release").join(object);
-        fs::copy(&built, out_dir.join(named(object)))
-            .with_context(|| format!("copying {}", built.display()))?;
+        fs::copy(&built, out_dir.join(object)).with_context(|| format!("copying {}", built.display()))?;
     }
     Ok(())
 }

@@ -1,12 +1,9 @@
 //! The way to the agent.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
-use eniway_agent_api::agent_client::AgentClient;
-use tonic::{
-    Response, Status,
-    transport::{Channel, Endpoint},
-};
+use eniway_agent_api::{agent_client::AgentClient, client};
+use tonic::{Response, Status, transport::Channel};
 
 use crate::error::{Code, Error};
 
@@ -22,10 +19,9 @@ pub(crate) async fn call<T>(
     if !socket.starts_with('/') {
         return Err(Error::new(Code::Config, format!("`agent`: `{socket}` is not an absolute path")));
     }
-    let endpoint = Endpoint::from_shared(format!("unix:{socket}"))
+    let agent = client(Path::new(socket), CONNECT, PATIENCE)
         .map_err(|error| Error::new(Code::Config, format!("`agent`: {socket}: {error}")))?;
-    let channel = endpoint.connect_timeout(CONNECT).timeout(PATIENCE).connect_lazy();
-    match call(AgentClient::new(channel)).await {
+    match call(agent).await {
         Ok(answer) => Ok(answer.into_inner()),
         Err(status) => Err(Error::of(socket, &status)),
     }

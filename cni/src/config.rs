@@ -120,10 +120,9 @@ impl Environment {
 
     pub(crate) fn attachment(&self) -> Result<api::Attachment, Error> {
         let id = self.need(CONTAINER)?;
-        let valid = id.starts_with(|first: char| first.is_ascii_alphanumeric())
-            && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'));
-        if !valid {
-            return Err(wrong(format!("{CONTAINER}: `{id}` is not letters, digits, `_`, `.` and `-`")));
+        if !api::is_container_id(id) {
+            let rule = "1 to 128 letters, digits, `_`, `.` and `-`, the first a letter or digit";
+            return Err(wrong(format!("{CONTAINER}: `{id}` is not {rule}")));
         }
         Ok(api::Attachment { container_id: id.to_owned(), interface: self.interface()?.to_owned() })
     }

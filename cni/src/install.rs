@@ -136,8 +136,8 @@ async fn wait(socket: &str) {
 
 fn configuration(options: &Options) -> Result<Vec<u8>, InstallError> {
     let Some(path) = &options.conf else {
-        let mut plugin =
-            json!({ "type": PROGRAM, "capabilities": { "io.kubernetes.cri.pod-annotations": true } });
+        let capabilities = json!({ "io.kubernetes.cri.pod-annotations": true, "bandwidth": true });
+        let mut plugin = json!({ "type": PROGRAM, "capabilities": capabilities });
         if let Some(agent) = &options.agent {
             plugin["agent"] = json!(agent);
         }
@@ -257,6 +257,16 @@ mod tests {
         run(&options(&words).unwrap()).unwrap();
         assert_eq!(fs::read_to_string(target.join(CONFIGURATION)).unwrap(), good);
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    /// As docs/cni.md shows it: limits of bandwidth, among others, are handed over only where the list claims them.
+    #[test]
+    fn the_configuration_that_is_built_in_is_the_documented_one() {
+        let page = include_str!("../../docs/cni.md");
+        let shown = page.split("```json\n").nth(1).unwrap().split("```").next().unwrap();
+        let built_in = configuration(&options("--conf-dir /c").unwrap()).unwrap();
+        let read = |text: &[u8]| serde_json::from_slice::<Value>(text).unwrap();
+        assert_eq!(read(&built_in), read(shown.as_bytes()));
     }
 
     #[test]

@@ -22,6 +22,7 @@ use aya::{
 use crate::{
     error::whole,
     feature::TcKind,
+    object::program,
     pin::{Hook, PinError, Pins},
     sys,
 };
@@ -100,6 +101,35 @@ pub enum Attached {
     Created,
     /// The program behind it was swapped.
     Replaced,
+}
+
+/// The tc programs of a kind of interface.
+#[derive(Clone, Copy, Debug)]
+pub struct Programs {
+    ingress: &'static str,
+    egress: &'static str,
+}
+
+/// Those of a parent ENI.
+pub const PARENT: Programs = Programs { ingress: program::ENI_INGRESS, egress: program::ENI_EGRESS };
+/// Those of the host side of a pod's veth.
+pub const POD: Programs = Programs { ingress: program::POD_EGRESS, egress: program::POD_INGRESS };
+/// Those of an exclusive ENI, inside its pod.
+pub const NIC: Programs = Programs { ingress: program::NIC_INGRESS, egress: program::NIC_EGRESS };
+
+impl Programs {
+    /// The one on a hook.
+    pub fn on(self, hook: Hook) -> &'static str {
+        match hook {
+            Hook::In => self.ingress,
+            Hook::Out => self.egress,
+        }
+    }
+
+    /// Both, with their hooks.
+    pub fn all(self) -> [(&'static str, Hook); 2] {
+        [(self.ingress, Hook::In), (self.egress, Hook::Out)]
+    }
 }
 
 /// An interface to attach to.
@@ -198,7 +228,7 @@ pub fn attach_first(
     let stand_in = stand_in(pin);
     unpin(&stand_in)?;
     let drops = sys::load_drop().map_err(|error| link("load a stand-in for", error))?;
-    let first = sys::tcx_link_create_first(drops, target.ifindex, hook == Hook::Out)
+    let first = sys::tcx_link_create_first(drops, target.ifindex, hook)
         .map_err(|error| link("attach a stand-in for", error))?;
     sys::pin(first.as_fd(), &stand_in).map_err(|error| link("pin a stand-in for", error))?;
     match sys::link_detach(pin) {
@@ -379,7 +409,7 @@ mod tests {
     use crate::{
         config::{FastPath, Limits, Xdp as XdpWish},
         net,
-        object::{self, Constants, ObjectError, program},
+        object::{self, Constants, ObjectError},
     };
 
     const CONSTANTS: Constants = Constants { fast_path: FastPath::Off, parent: 0, xdp: XdpWish::Guard };

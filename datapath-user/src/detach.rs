@@ -12,8 +12,8 @@ use crate::{
     lock::{self, LockError},
     net,
     nic::{self, Nic},
-    object::program,
-    pin::{Hook, PinError, Pins},
+    pin::{PinError, Pins},
+    policy::PolicyState,
     privilege::{self, PrivilegeError},
     settings::Settings,
     status::Status,
@@ -88,7 +88,7 @@ pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
         }
         let name = name.as_deref().filter(|name| net::ifindex(name) == Some(ifindex));
         for pins in &versions {
-            for (program, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+            for (program, hook) in attach::POD.all() {
                 attach::detach_tc(pins, kind, program, name, hook, &pins.pod_tc(ifindex, hook))?;
             }
         }
@@ -117,6 +117,7 @@ pub async fn detach(config: &Config) -> Result<Detached, DetachError> {
     pins.remove_all()?;
     let _ = fs::remove_file(Status::path(&config.run_dir));
     let _ = fs::remove_file(Expected::path(&config.run_dir));
+    let _ = fs::remove_file(PolicyState::path(&config.run_dir));
     Ok(report)
 }
 
@@ -154,7 +155,7 @@ pub(crate) async fn detach_parent(
 
 fn detach_links(pins: &Pins, kind: feature::TcKind, interface: &str) -> Result<(), AttachError> {
     let present = net::ifindex(interface).is_some().then_some(interface);
-    for (program, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
+    for (program, hook) in attach::PARENT.all() {
         attach::detach_tc(pins, kind, program, present, hook, &pins.parent_tc(interface, hook))?;
     }
     for generic in [false, true] {

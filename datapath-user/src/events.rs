@@ -189,78 +189,63 @@ fn connect() -> Result<Messages, NetlinkError> {
 }
 
 async fn listen(shared: Arc<Shared>, (mut task, mut messages): Messages) {
-    let mut connection = Some(());
     loop {
-        if connection.is_some() {
-            while let Some(message) = messages.next().await {
-                shared.change(|changes| changes.take_in(message));
-            }
-            task.abort();
-        } else {
-            time::sleep(Duration::from_secs(1)).await;
+        while let Some(message) = messages.next().await {
+            shared.change(|changes| changes.take_in(message));
         }
+        task.abort();
         // The kernel had more to say than there was room for, or the socket failed otherwise: what was said is lost.
-        connection = match connect() {
-            Ok(next) => {
-                (task, messages) = next;
-                Some(())
+        (task, messages) = loop {
+            let next = connect();
+            shared.change(|changes| changes.lost = true);
+            match next {
+                Ok(next) => break next,
+                Err(error) => log::error!("{error}; changes of interfaces are found by looking only"),
             }
-            Err(error) => {
-                log::error!("{error}; changes of interfaces are found by looking only");
-                None
-            }
+            time::sleep(Duration::from_secs(1)).await;
         };
-        shared.change(|changes| changes.lost = true);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use nix::sched::{CloneFlags, unshare};
-
     use super::*;
     use crate::{
         ethtool::{self, Offload},
         netlink::{LinkChange, Netlink, VethEnd},
         netns::Namespace,
+        wiring::tests::on_a_node,
     };
 
     /// Every change that the agent acts on is told, an offload's too, and a storm of them as one.
     #[test]
     fn the_kernel_tells_what_changes() {
-        let node = || {
-            if unshare(CloneFlags::CLONE_NEWNET).is_err() {
-                return;
+        on_a_node(async || {
+            let netlink = Netlink::open().unwrap();
+            let mut monitor = Monitor::open().unwrap();
+            let here = Namespace::current().unwrap();
+            let end = |name| VethEnd { name, mac: [2, 0, 0, 0, 0, name.len() as u8] };
+            netlink.add_veth(end("eth1"), end("fabric"), &here, 1500).await.unwrap();
+            let link = netlink.link("eth1").await.unwrap();
+            let told = monitor.next().await;
+            assert!(told.links[&link.index].as_ref().is_some_and(|it| it.name == "eth1"), "{told:?}");
+
+            ethtool::set("eth1", Offload::RxVlan, false).unwrap();
+            let begun = Instant::now();
+            assert!(monitor.next().await.links.contains_key(&link.index));
+            assert!(begun.elapsed() < Duration::from_secs(1));
+
+            let up = LinkChange { up: true, ..LinkChange::default() };
+            netlink.change_link(&link, up).await.unwrap();
+            netlink.add_address(&link, "10.1.0.1/24".parse().unwrap()).await.unwrap();
+            for mtu in 1300..1400 {
+                let change = LinkChange { mtu: Some(mtu), ..LinkChange::default() };
+                netlink.change_link(&link, change).await.unwrap();
             }
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                let netlink = Netlink::open().unwrap();
-                let mut monitor = Monitor::open().unwrap();
-                let here = Namespace::current().unwrap();
-                let end = |name| VethEnd { name, mac: [2, 0, 0, 0, 0, name.len() as u8] };
-                netlink.add_veth(end("eth1"), end("fabric"), &here, 1500).await.unwrap();
-                let link = netlink.link("eth1").await.unwrap();
-                let told = monitor.next().await;
-                assert!(told.links[&link.index].as_ref().is_some_and(|it| it.name == "eth1"), "{told:?}");
-
-                ethtool::set("eth1", Offload::RxVlan, false).unwrap();
-                let begun = Instant::now();
-                assert!(monitor.next().await.links.contains_key(&link.index));
-                assert!(begun.elapsed() < Duration::from_secs(1));
-
-                let up = LinkChange { up: true, ..LinkChange::default() };
-                netlink.change_link(&link, up).await.unwrap();
-                netlink.add_address(&link, "10.1.0.1/24".parse().unwrap()).await.unwrap();
-                for mtu in 1300..1400 {
-                    let change = LinkChange { mtu: Some(mtu), ..LinkChange::default() };
-                    netlink.change_link(&link, change).await.unwrap();
-                }
-                let told = monitor.next().await;
-                assert!(told.addresses && told.links[&link.index].as_ref().is_some_and(|it| it.mtu == 1399));
-                netlink.delete_link(&link).await.unwrap();
-                assert!(monitor.next().await.links[&link.index].is_none());
-            });
-        };
-        std::thread::spawn(node).join().unwrap();
+            let told = monitor.next().await;
+            assert!(told.addresses && told.links[&link.index].as_ref().is_some_and(|it| it.mtu == 1399));
+            netlink.delete_link(&link).await.unwrap();
+            assert!(monitor.next().await.links[&link.index].is_none());
+        });
     }
 }

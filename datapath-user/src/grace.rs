@@ -10,7 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const KNOB: &str = "/sys/kernel/rcu_expedited";
+use crate::sysctl;
+
+pub(crate) const KNOB: &str = "/sys/kernel/rcu_expedited";
 /// In the run directory while the knob is turned: a process that was killed meanwhile leaves it there.
 const MARK: &str = "rcu-expedited";
 
@@ -53,20 +55,15 @@ impl Grace {
 
     fn begin(&self) -> io::Result<bool> {
         fs::write(&self.mark, [])?;
-        set(&self.knob, b"1").map(|()| true).inspect_err(|_| drop(fs::remove_file(&self.mark)))
+        sysctl::write(&self.knob, "1").map(|()| true).inspect_err(|_| drop(fs::remove_file(&self.mark)))
     }
 
     fn end(&self) {
-        match set(&self.knob, b"0") {
+        match sysctl::write(&self.knob, "0") {
             Ok(()) => drop(fs::remove_file(&self.mark)),
             Err(error) => log::error!("cannot set {} to 0 again: {error}", self.knob.display()),
         }
     }
-}
-
-/// Not `fs::write`: the file exists or it does not.
-fn set(knob: &Path, value: &[u8]) -> io::Result<()> {
-    io::Write::write_all(&mut fs::OpenOptions::new().write(true).open(knob)?, value)
 }
 
 /// Grace periods are short while this lives.

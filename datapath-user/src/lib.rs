@@ -17,6 +17,7 @@ mod error;
 pub mod ethtool;
 pub mod events;
 pub mod feature;
+mod fnv;
 pub mod grace;
 pub mod ipam;
 pub mod kept;

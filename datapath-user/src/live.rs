@@ -291,9 +291,8 @@ impl Tables for LiveTables {
     }
 
     fn now(&self) -> u32 {
-        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
-        // This clock cannot fail. Of its seconds the kernel's programs keep the lower 32 bits, too.
-        now.map_or(0, |now| now.tv_sec() as u32)
+        // The kernel's programs keep the lower 32 bits of its seconds, too.
+        (self.nanos() / 1_000_000_000) as u32
     }
 
     fn remember(&self, key: &FlowKey, flow: &Flow) {

@@ -3,7 +3,7 @@
 use std::{fmt, num::NonZeroU16};
 
 pub use eniway_ipam::net::Mac;
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 /// A VLAN id that can carry a pod: 1 to 4094.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,7 +28,7 @@ impl fmt::Display for VlanId {
 }
 
 /// The name of a network interface, as the kernel allows it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct InterfaceName(String);
 
 impl InterfaceName {
@@ -73,6 +73,11 @@ pub fn ifindex(name: &str) -> Option<u32> {
 /// The interface's name in the calling thread's network namespace.
 pub fn ifname(index: u32) -> Option<String> {
     nix::net::if_::if_indextoname(index).ok()?.into_string().ok()
+}
+
+/// A MAC, or that there is none.
+pub(crate) fn mac_text(mac: Option<[u8; 6]>) -> String {
+    mac.map_or_else(|| "none".to_owned(), |mac| Mac(mac).to_string())
 }
 
 #[cfg(test)]

@@ -162,6 +162,7 @@ pub async fn give(spec: &PodSpec, nic: &Nic) -> Result<(), NicError> {
 /// When it cannot be moved.
 pub async fn take_back(nic: &Nic) -> Result<(), NicError> {
     let home = Namespace::current()?;
+    let mut hidden = None;
     match Namespace::open(&nic.netns) {
         Ok(namespace) if !namespace.same_as(&home) => {
             let (gone, to) = (nic.clone(), home.clone());
@@ -172,10 +173,15 @@ pub async fn take_back(nic: &Nic) -> Result<(), NicError> {
                 moved => moved??,
             }
         }
-        _ => {}
+        Ok(_) | Err(NetnsError::Gone { .. }) => {}
+        Err(error) => hidden = Some(error),
     }
     let netlink = Netlink::open()?;
     let Some(link) = by_mac(&netlink, nic.mac).await? else {
+        // It may be where nobody can look.
+        if let Some(error) = hidden {
+            return Err(error.into());
+        }
         log::warn!("the ENI {} is nowhere on the node any more", nic.mac);
         return Ok(());
     };
@@ -196,8 +202,7 @@ async fn send_home(nic: &Nic, home: &Namespace) -> Result<(), NicError> {
     let Some(link) = by_mac(&netlink, nic.mac).await? else { return Ok(()) };
     // Down, it loses its routes; on its way out, its addresses.
     netlink.set_down(&link).await?;
-    let [.., a, b, c] = nic.mac.0;
-    let (mut name, other) = (nic.name.clone(), format!("eni{a:02x}{b:02x}{c:02x}"));
+    let (mut name, other) = (nic.name.clone(), name_by_mac(nic.mac));
     let mut index = Some(nic.home_index).filter(|index| *index != 0);
     loop {
         match netlink.move_link(&link, home, &name, index).await {
@@ -207,6 +212,12 @@ async fn send_home(nic: &Nic, home: &Namespace) -> Result<(), NicError> {
             moved => return Ok(moved?),
         }
     }
+}
+
+/// A name for a NIC whose own is taken, or that nobody knows.
+pub(crate) fn name_by_mac(mac: Mac) -> String {
+    let [.., a, b, c] = mac.0;
+    format!("eni{a:02x}{b:02x}{c:02x}")
 }
 
 async fn links(namespace: &Namespace) -> Result<Vec<Link>, NicError> {
@@ -234,12 +245,11 @@ async fn by_mac(netlink: &Netlink, mac: Mac) -> Result<Option<Link>, NetlinkErro
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, os::fd::AsRawFd as _, thread};
-
-    use nix::sched::{CloneFlags, unshare};
-
     use super::*;
-    use crate::{attachment::Extras, netlink::VethEnd};
+    use crate::{
+        netlink::VethEnd,
+        wiring::tests::{new_netns, on_a_node, pod},
+    };
 
     const MAC: [u8; 6] = [0xfa, 0x16, 0x3e, 0, 7, 7];
 
@@ -253,64 +263,42 @@ mod tests {
 
     #[test]
     fn a_nic_goes_into_its_pod_and_comes_back_as_it_was() {
-        let node = || {
-            if unshare(CloneFlags::CLONE_NEWNET).is_err() {
-                return;
-            }
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                let netlink = Netlink::open().unwrap();
-                let here = Namespace::current().unwrap();
-                let ends =
-                    (VethEnd { name: "ens7", mac: MAC }, VethEnd { name: "far", mac: [2, 0, 0, 0, 0, 1] });
-                netlink.add_veth(ends.0, ends.1, &here, 1600).await.unwrap();
-                let pod: File = thread::spawn(|| {
-                    unshare(CloneFlags::CLONE_NEWNET).unwrap();
-                    File::open("/proc/thread-self/ns/net").unwrap()
-                })
-                .join()
-                .unwrap();
-                let spec = PodSpec {
-                    owner_key: "c".to_owned(),
-                    netns: Some(format!("/proc/self/fd/{}", pod.as_raw_fd()).into()),
-                    interface: "eth0".to_owned(),
-                    host_interface: None,
-                    mac: MAC,
-                    ipv4: [10, 1, 18, 2].into(),
-                    subnet: "10.1.16.0/22".parse().unwrap(),
-                    gateway: [10, 1, 16, 1].into(),
-                    gateway_mac: [0xfa, 0xff, 0xff, 0, 0, 1],
-                    mtu: 1400,
-                    parent: String::new(),
-                    extras: Extras::default(),
-                };
-                let used = find(&spec, &["ens7"]).await.unwrap_err();
-                assert!(matches!(used, NicError::Used { .. }), "{used}");
+        on_a_node(async || {
+            let netlink = Netlink::open().unwrap();
+            let here = Namespace::current().unwrap();
+            let ends = (VethEnd { name: "ens7", mac: MAC }, VethEnd { name: "far", mac: [2, 0, 0, 0, 0, 1] });
+            netlink.add_veth(ends.0, ends.1, &here, 1600).await.unwrap();
+            let (_keep, path) = new_netns();
+            let spec = PodSpec { mac: MAC, mtu: 1400, parent: String::new(), ..pod(&path) };
+            let used = find(&spec, &["ens7"]).await.unwrap_err();
+            assert!(matches!(used, NicError::Used { .. }), "{used}");
+            let found = find(&spec, &[]).await.unwrap();
+            let home_index = netlink.link("ens7").await.unwrap().index;
+            assert!(!found.taken.contains(&home_index) && found.taken.contains(&1), "{found:?}");
+            let mut nic = found.on_node.unwrap();
+            assert_eq!((nic.name.as_str(), nic.mtu, nic.home_index), ("ens7", 1600, home_index));
+            // The second index is given to what has the first.
+            for index in [FIRST_INDEX, FIRST_INDEX + 7] {
+                nic.index = index;
+                give(&spec, &nic).await.unwrap();
+                give(&spec, &nic).await.unwrap();
+                assert_eq!(netlink.find_link("ens7").await.unwrap(), None);
                 let found = find(&spec, &[]).await.unwrap();
-                let home_index = netlink.link("ens7").await.unwrap().index;
-                assert!(!found.taken.contains(&home_index) && found.taken.contains(&1), "{found:?}");
-                let mut nic = found.on_node.unwrap();
-                assert_eq!((nic.name.as_str(), nic.mtu, nic.home_index), ("ens7", 1600, home_index));
-                // The second index is given to what has the first.
-                for index in [FIRST_INDEX, FIRST_INDEX + 7] {
-                    nic.index = index;
-                    give(&spec, &nic).await.unwrap();
-                    give(&spec, &nic).await.unwrap();
-                    assert_eq!(netlink.find_link("ens7").await.unwrap(), None);
-                    let found = find(&spec, &[]).await.unwrap();
-                    assert_eq!((found.on_node, found.inside), (None, Some(index)));
-                    wiring::verify(&spec).await.unwrap();
-                }
+                assert_eq!((found.on_node, found.inside), (None, Some(index)));
+                wiring::verify(&spec).await.unwrap();
+            }
+            // A file has no namespaces below it.
+            let hidden = Nic { netns: "/proc/self/exe/net".into(), ..nic.clone() };
+            let error = take_back(&hidden).await.unwrap_err();
+            assert!(matches!(error, NicError::Netns(NetnsError::Open { .. })), "{error}");
 
-                take_back(&nic).await.unwrap();
-                take_back(&nic).await.unwrap();
-                let back = netlink.link("ens7").await.unwrap();
-                assert_eq!((back.mac, back.mtu, back.up), (Some(MAC), 1600, false));
-                assert_eq!(back.index, home_index);
-                let missing = find(&PodSpec { mac: [2; 6], ..spec.clone() }, &[]).await.unwrap_err();
-                assert!(matches!(missing, NicError::Missing { .. }), "{missing}");
-            });
-        };
-        thread::spawn(node).join().unwrap();
+            take_back(&nic).await.unwrap();
+            take_back(&nic).await.unwrap();
+            let back = netlink.link("ens7").await.unwrap();
+            assert_eq!((back.mac, back.mtu, back.up), (Some(MAC), 1600, false));
+            assert_eq!(back.index, home_index);
+            let missing = find(&PodSpec { mac: [2; 6], ..spec.clone() }, &[]).await.unwrap_err();
+            assert!(matches!(missing, NicError::Missing { .. }), "{missing}");
+        });
     }
 }

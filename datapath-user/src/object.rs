@@ -16,7 +16,7 @@ use crate::{
     privilege::Loader,
 };
 
-/// The object: five programs and the maps.
+/// The object: seven programs and the maps.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/eniway"));
 
 /// Names of the programs.

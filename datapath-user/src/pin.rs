@@ -253,17 +253,9 @@ impl Pins {
         Ok(versions.into_iter().map(pins).collect())
     }
 
-    /// Makes the directories of a draft of this version; it becomes real by [`publish`](Self::publish).
-    ///
-    /// # Errors
-    ///
-    /// When they cannot be made.
-    pub fn draft(&self) -> Result<Self, PinError> {
-        let draft = Self { draft: true, ..self.clone() };
-        for dir in [draft.maps_dir(), draft.links_dir()] {
-            fs::create_dir_all(&dir).map_err(io_error("make the directory", &dir))?;
-        }
-        Ok(draft)
+    /// A draft of this version, which becomes real by [`publish`](Self::publish).
+    pub fn draft(&self) -> Self {
+        Self { draft: true, ..self.clone() }
     }
 
     /// Gives a draft its name. What has been opened by way of it stays open.

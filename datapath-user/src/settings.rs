@@ -1,7 +1,7 @@
-//! Settings of the node that eniway changed, with what they were before: kept in the run directory, so that every agent knows
+//! Settings of the node that eniway holds, with what they were before: kept in the run directory, so that every agent knows
 //! them and `eniway detach` can put them back.
 //!
-//! What was is written down before it is changed. A setting that somebody else changed after eniway did is left to them.
+//! What was is written down before anything is changed. A setting that somebody else changed after eniway did is left to them.
 
 use std::path::Path;
 
@@ -69,7 +69,7 @@ enum What {
     State(String),
 }
 
-/// A setting that was changed.
+/// A setting that eniway holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Changed {
     what: What,
@@ -79,12 +79,12 @@ struct Changed {
     ifindex: Option<u32>,
 }
 
-/// The settings that were changed.
+/// The settings that eniway holds.
 #[derive(Debug)]
 pub struct Settings(Kept<Changed>);
 
 impl Settings {
-    /// Reads what earlier agents have changed.
+    /// Reads what earlier agents have written down.
     ///
     /// # Errors
     ///
@@ -107,7 +107,7 @@ impl Settings {
         let name = format!("net.{}", key.join("."));
         let what = What::Sysctl(key.iter().map(|part| (*part).to_owned()).collect());
         let ifindex = interface.and_then(net::ifindex);
-        if let Some(was) = sysctl::get(key)?.filter(|now| now != value) {
+        if let Some(was) = sysctl::get(key)? {
             self.remember(&name, Changed { what, was, set: value.to_owned(), ifindex })?;
             sysctl::set(key, value)?;
         }
@@ -122,26 +122,20 @@ impl Settings {
     pub fn rxvlan_off(&mut self, interface: &str) -> Result<Option<NodeChange>, SettingError> {
         let name = format!("{interface}.rxvlan");
         let ifindex = net::ifindex(interface);
-        if ethtool::get(interface, Offload::RxVlan)? {
-            let what = What::RxVlan(interface.to_owned());
-            let known = self.was(&name, ifindex).is_some();
-            let changed = Changed { what, was: "on".to_owned(), set: "off".to_owned(), ifindex };
-            self.remember(&name, changed)?;
-            let off = match ethtool::set(interface, Offload::RxVlan, false) {
-                Ok(on) => !on,
-                // Some drivers have it fixed. The caller does without XDP then.
-                Err(error @ EthtoolError::Refused { .. }) => {
-                    log::debug!("{error}");
-                    false
-                }
-                Err(error) => return Err(error.into()),
-            };
-            if !off {
-                if !known {
-                    self.0.remove(&name);
-                }
-                return Ok(None);
+        let on = ethtool::get(interface, Offload::RxVlan)?;
+        let (what, was) = (What::RxVlan(interface.to_owned()), if on { "on" } else { "off" }.to_owned());
+        self.remember(&name, Changed { what, was, set: "off".to_owned(), ifindex })?;
+        let stays_on = match ethtool::set(interface, Offload::RxVlan, false) {
+            Ok(on) => on,
+            // Some drivers have it fixed. The caller does without XDP then.
+            Err(error @ EthtoolError::Refused { .. }) => {
+                log::debug!("{error}");
+                true
             }
+            Err(error) => return Err(error.into()),
+        };
+        if stays_on {
+            return Ok(None);
         }
         Ok(Some(NodeChange { what: format!("{interface}: rxvlan off"), was: self.was(&name, ifindex) }))
     }
@@ -158,21 +152,14 @@ impl Settings {
     ) -> Result<Option<NodeChange>, SettingError> {
         let link = netlink.link(interface).await?;
         let name = format!("{interface}.state");
-        if !link.up {
-            let what = What::State(interface.to_owned());
-            // One that was up, and was set down since, is not to go down with eniway.
-            let changed =
-                Changed { what, was: "down".to_owned(), set: "up".to_owned(), ifindex: Some(link.index) };
-            if self.0.get(&format!("{interface}.rxvlan")).is_none() {
-                self.remember(&name, changed)?;
-            }
-            netlink.change_link(&link, LinkChange { up: true, ..LinkChange::default() }).await?;
-        }
+        let (what, was) = (What::State(interface.to_owned()), if link.up { "up" } else { "down" }.to_owned());
+        self.remember(&name, Changed { what, was, set: "up".to_owned(), ifindex: Some(link.index) })?;
+        netlink.change_link(&link, LinkChange { up: true, ..LinkChange::default() }).await?;
         let was = self.was(&name, Some(link.index));
         Ok(was.map(|was| NodeChange { what: format!("{interface}: up"), was: Some(was) }))
     }
 
-    /// What was at first counts: whoever undid it since was not the one who had set it.
+    /// What was at first counts, be it what eniway wants: whoever changed it since was not the one who had set it.
     fn remember(&mut self, name: &str, changed: Changed) -> Result<(), RunFileError> {
         if self.0.get(name).is_some_and(|known| known.ifindex == changed.ifindex) {
             return Ok(());
@@ -180,8 +167,10 @@ impl Settings {
         self.0.put(name, changed)
     }
 
+    /// What was before, if that was something else.
     fn was(&self, name: &str, ifindex: Option<u32>) -> Option<String> {
-        self.0.get(name).filter(|known| known.ifindex == ifindex).map(|known| known.was.clone())
+        let known = self.0.get(name).filter(|known| known.ifindex == ifindex && known.was != known.set);
+        known.map(|known| known.was.clone())
     }
 
     /// Puts back what was, and forgets it. Answers with what was left as it is, and why.
@@ -212,6 +201,9 @@ impl Settings {
 /// Answers with what it is, if that is not what was set.
 async fn put_back(changed: &Changed) -> Result<Option<String>, SettingError> {
     let Changed { what, was, set, ifindex } = changed;
+    if was == set {
+        return Ok(None);
+    }
     let same = |interface: &str| net::ifindex(interface).is_some_and(|index| Some(index) == *ifindex);
     match what {
         What::Sysctl(key) => {

@@ -25,10 +25,10 @@ const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_FREEZE: libc::c_int = 22;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_CREATE: libc::c_int = 28;
-const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
 
@@ -68,8 +68,30 @@ unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
 }
 
+/// As [`bpf`], for commands that answer with a descriptor.
+///
+/// # Safety
+///
+/// As for [`bpf`].
+unsafe fn bpf_open<T>(command: libc::c_int, attr: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: the caller's promise.
+    let fd = unsafe { bpf(command, attr) }?;
+    // SAFETY: the kernel made this descriptor for us a moment ago.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Attaches an XDP program to an interface, in the mode that is asked for and no other.
 pub(crate) fn xdp_link_create(program: impl AsFd, ifindex: u32, generic: bool) -> io::Result<OwnedFd> {
+    link_create(program, ifindex, BPF_XDP, if generic { XDP_FLAGS_SKB_MODE } else { XDP_FLAGS_DRV_MODE })
+}
+
+/// Attaches a program by TCX, before all others on its hook.
+pub(crate) fn tcx_link_create_first(program: impl AsFd, ifindex: u32, hook: Hook) -> io::Result<OwnedFd> {
+    // Before nothing that is named: first.
+    link_create(program, ifindex, tcx(hook), BPF_F_BEFORE)
+}
+
+fn link_create(program: impl AsFd, ifindex: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attr {
         program: i32,
@@ -78,20 +100,20 @@ pub(crate) fn xdp_link_create(program: impl AsFd, ifindex: u32, generic: bool) -
         flags: u32,
         rest: [u64; 4],
     }
-    let mut attr = Attr {
-        program: program.as_fd().as_raw_fd(),
-        ifindex,
-        attach_type: BPF_XDP,
-        flags: if generic { XDP_FLAGS_SKB_MODE } else { XDP_FLAGS_DRV_MODE },
-        rest: [0; 4],
-    };
+    let mut attr = Attr { program: program.as_fd().as_raw_fd(), ifindex, attach_type, flags, rest: [0; 4] };
     // SAFETY: `struct { ... } link_create` of `union bpf_attr`, without pointers.
-    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
-    // SAFETY: the kernel made this descriptor for us a moment ago.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_open(BPF_LINK_CREATE, &mut attr) }
 }
 
-/// Gives memory that was freed back to the system: reading and loading programs, and a first look at everything, take several MiB, once.
+const fn tcx(hook: Hook) -> u32 {
+    match hook {
+        Hook::In => BPF_TCX_INGRESS,
+        Hook::Out => BPF_TCX_EGRESS,
+    }
+}
+
+/// Gives memory that was freed back to the system: reading and loading programs, and a first look at everything, take
+/// several MiB, once.
 pub(crate) fn give_memory_back() {
     // SAFETY: malloc_trim(3) changes nothing that is in use, and may be called from any thread.
     #[cfg(target_env = "gnu")]
@@ -126,33 +148,7 @@ pub(crate) fn load_drop() -> io::Result<OwnedFd> {
         name: *b"eniway_stand_in\0",
     };
     // SAFETY: the first fields of the `struct` for BPF_PROG_LOAD of `union bpf_attr`; both pointers outlive the call.
-    let fd = unsafe { bpf(BPF_PROG_LOAD, &mut attr) }?;
-    // SAFETY: the kernel made this descriptor for us a moment ago.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Attaches a program by TCX, before all others on its hook.
-pub(crate) fn tcx_link_create_first(program: impl AsFd, ifindex: u32, egress: bool) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attr {
-        program: i32,
-        ifindex: u32,
-        attach_type: u32,
-        flags: u32,
-        // No relative: before means first.
-        rest: [u64; 4],
-    }
-    let mut attr = Attr {
-        program: program.as_fd().as_raw_fd(),
-        ifindex,
-        attach_type: if egress { BPF_TCX_EGRESS } else { BPF_TCX_INGRESS },
-        flags: BPF_F_BEFORE,
-        rest: [0; 4],
-    };
-    // SAFETY: `struct { ... } link_create` of `union bpf_attr`, without pointers.
-    let fd = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }?;
-    // SAFETY: the kernel made this descriptor for us a moment ago.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_open(BPF_PROG_LOAD, &mut attr) }
 }
 
 #[repr(C)]
@@ -194,9 +190,7 @@ pub(crate) fn open(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = ObjAttr { path: path.as_ptr() as u64, fd: 0, flags: 0 };
     // SAFETY: `path` is a C string that outlives the call.
-    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
-    // SAFETY: the kernel made this descriptor for us a moment ago.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_open(BPF_OBJ_GET, &mut attr) }
 }
 
 /// Programs that TCX runs on a hook, by id, in their order. Their names would need more capabilities than the agent keeps.
@@ -217,10 +211,7 @@ pub(crate) fn tcx_programs(ifindex: u32, hook: Hook) -> io::Result<Vec<u32>> {
     let mut ids = [0_u32; MOST];
     let mut attr = Attr {
         ifindex,
-        attach_type: match hook {
-            Hook::In => BPF_TCX_INGRESS,
-            Hook::Out => BPF_TCX_EGRESS,
-        },
+        attach_type: tcx(hook),
         query_flags: 0,
         attach_flags: 0,
         ids: ids.as_mut_ptr() as u64,
@@ -302,9 +293,7 @@ pub(crate) fn map_create(map: NewMap<'_>) -> io::Result<OwnedFd> {
         name,
     };
     // SAFETY: the first fields of the `struct` for BPF_MAP_CREATE of `union bpf_attr`, without pointers.
-    let fd = unsafe { bpf(BPF_MAP_CREATE, &mut attr) }?;
-    // SAFETY: the kernel made this descriptor for us a moment ago.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    unsafe { bpf_open(BPF_MAP_CREATE, &mut attr) }
 }
 
 /// Takes from everybody the right to change a map from user space.
@@ -379,7 +368,11 @@ pub(crate) unsafe fn map_delete(map: impl AsFd, key: &[u8]) -> io::Result<bool> 
 }
 
 /// All entries of an array or a hash map without per-CPU values.
-pub(crate) fn map_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>> {
+///
+/// # Safety
+///
+/// The map's keys and values must be as long as `K` and `V`.
+pub(crate) unsafe fn map_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Result<Vec<(K, V)>> {
     let mut all = Vec::new();
     let each = |key: &[u8], value: &[u8]| {
         // SAFETY: each slice is as long as the type, of which every bit pattern is valid.
@@ -387,13 +380,13 @@ pub(crate) fn map_entries<K: aya::Pod, V: aya::Pod>(map: impl AsFd) -> io::Resul
             (key.as_ptr().cast::<K>().read_unaligned(), value.as_ptr().cast::<V>().read_unaligned())
         });
     };
-    // SAFETY: sizes were compared with the map's when it was opened as a typed one.
+    // SAFETY: the caller's promise.
     unsafe { for_each_entry(map, size_of::<K>(), size_of::<V>(), each) }?;
     Ok(all)
 }
 
-/// Hands out all entries of an array or a hash map without per-CPU values. Of a hash map bucket by bucket, each at one time: what stands in the map
-/// throughout is seen once, whatever programs add and remove meanwhile (kernel/bpf/hashtab.c,
+/// Hands out all entries of an array or a hash map without per-CPU values. Of a hash map bucket by bucket, each at one time:
+/// what stands in the map throughout is seen once, whatever programs add and remove meanwhile (kernel/bpf/hashtab.c,
 /// `__htab_map_lookup_and_delete_batch`).
 ///
 /// # Safety

@@ -59,13 +59,13 @@ pub fn set(key: Key<'_>, value: &str) -> Result<Option<String>, SysctlError> {
         return Ok(None);
     };
     let path = path_of(key);
-    // Not `fs::write`: these files exist or they do not, and creating one is no way to set a value.
-    fs::OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
-        .map_err(|source| SysctlError::Write { path, value: value.to_owned(), source })?;
+    write(&path, value).map_err(|source| SysctlError::Write { path, value: value.to_owned(), source })?;
     Ok(Some(before))
+}
+
+/// Writes to a file of the kernel's. Not `fs::write`: it exists or it does not, and creating one is no way to set a value.
+pub(crate) fn write(path: &Path, value: &str) -> io::Result<()> {
+    io::Write::write_all(&mut fs::OpenOptions::new().write(true).open(path)?, value.as_bytes())
 }
 
 #[cfg(test)]

@@ -43,10 +43,8 @@ pub(crate) type Answer<T> = oneshot::Sender<T>;
 pub(crate) enum Refused {
     /// The sandbox has one.
     Exists(Box<Attachment>),
-    /// The file does not know the pod.
-    Unknown(String),
-    /// It cannot be written down.
-    Unkept(String),
+    /// The file does not know the pod, or it cannot be written down.
+    Because(String),
 }
 
 /// A pod as the agent knows it.
@@ -190,14 +188,13 @@ impl Agent {
             return Err(Refused::Exists(Box::new(known.clone())));
         }
         let container_id = attachment.container_id.clone();
-        let unkept = |error: crate::run_file::RunFileError| Refused::Unkept(error.to_string());
         if let Feed::File(file) = &self.source {
             let path = file.path().to_owned();
             let Some(document) = &self.document else {
-                return Err(Refused::Unknown(format!("{} was not read yet", path.display())));
+                return Err(Refused::Because(format!("{} was not read yet", path.display())));
             };
             let Some(pod) = document.pods.iter().find(|pod| is_for(&attachment, pod)) else {
-                return Err(Refused::Unknown(format!(
+                return Err(Refused::Because(format!(
                     "pod {}/{} is not in {}, or not as one that waits for its sandbox",
                     attachment.namespace,
                     attachment.name,
@@ -215,7 +212,8 @@ impl Agent {
                 self.attachments.remove(&container_id);
             }
         }
-        self.attachments.put(&container_id, attachment).map_err(unkept)?;
+        let kept = self.attachments.put(&container_id, attachment);
+        kept.map_err(|error| Refused::Because(error.to_string()))?;
         self.follow_attachments().await;
         let claimed = self
             .document
@@ -248,9 +246,7 @@ impl Agent {
             if pod.is_waiting() {
                 pod.container_id.clone_from(&attachment.container_id);
                 pod.netns = Some(attachment.netns.clone());
-                if let Some(interface) = net::InterfaceName::new(&attachment.interface) {
-                    pod.interface = interface;
-                }
+                pod.interface.clone_from(&attachment.interface);
             }
             pod.attach(attachment);
         }

@@ -4,20 +4,20 @@ use std::collections::BTreeSet;
 
 use datapath_common::abi::Endpoint;
 
-use super::{Agent, AgentError, pod_spec};
+use super::{
+    Agent, AgentError,
+    pods::{pod_spec, put},
+};
 use crate::{
     attach::{self, Target},
     feature::TcKind,
     netns::Namespace,
     nic::{self, Nic, NicError},
-    object::{self, program},
+    object,
     pin::Hook,
     source::{Desired, Pod},
     sys,
 };
-
-/// Its programs, by the way that they look.
-const PROGRAMS: [(&str, Hook); 2] = [(program::NIC_INGRESS, Hook::In), (program::NIC_EGRESS, Hook::Out)];
 
 /// Whether a record is of a pod with an ENI of its own.
 pub(super) fn is_exclusive(record: &Endpoint) -> bool {
@@ -47,23 +47,17 @@ impl Agent {
         let found = nic::find(&spec, &parents).await?;
         let known = self.nics.get(&key(owner)).cloned();
         let before = known.as_ref().map_or(0, |nic| nic.index);
-        let mut given = match (found.on_node, known) {
-            (Some(nic), _) => nic,
-            (None, Some(nic)) => nic,
-            // In the pod since a time of which nobody knows any more.
-            (None, None) => {
-                let [.., a, b, c] = pod.mac.0;
-                Nic {
-                    mac: pod.mac,
-                    name: format!("eni{a:02x}{b:02x}{c:02x}"),
-                    mtu: pod.mtu.into(),
-                    interface: pod.interface.to_string(),
-                    netns: pod.netns.clone().unwrap_or_default(),
-                    home_index: 0,
-                    index: 0,
-                }
-            }
+        // In the pod since a time of which nobody knows any more.
+        let unknown = || Nic {
+            mac: pod.mac,
+            name: nic::name_by_mac(pod.mac),
+            mtu: pod.mtu.into(),
+            interface: pod.interface.to_string(),
+            netns: pod.netns.clone().unwrap_or_default(),
+            home_index: 0,
+            index: 0,
         };
+        let mut given = found.on_node.or(known).unwrap_or_else(unknown);
         let taken = found.taken.union(&self.indexes_of_others(owner)?).copied().collect();
         given.index = nic::choose_index(found.inside.into_iter().chain([before]), &taken);
         if let Some(inside) = found.inside.filter(|index| *index != given.index) {
@@ -110,7 +104,7 @@ impl Agent {
     }
 
     /// Attaches the programs inside the pod and writes its record. Returns how much changed.
-    pub(super) fn program_nic(
+    pub(super) async fn program_nic(
         &mut self,
         pod: &Pod,
         record: &Endpoint,
@@ -122,8 +116,7 @@ impl Agent {
         if before.is_none_or(|live| live.record.ifindex != ifindex) || !self.is_alive(ifindex) {
             self.attach_nic(owner, ifindex)?;
         }
-        let put =
-            self.tables.put_among(&Endpoint { ifindex, ..*record }, &|owner| moving.contains(&owner))?;
+        let put = put(&mut self.tables, &Endpoint { ifindex, ..*record }, moving).await?;
         let limited = self.limit(pod, put.id)?;
         if let Some(before) = before.filter(|live| live.record.ifindex != ifindex) {
             self.detach_pod(before.record.ifindex)?;
@@ -137,7 +130,7 @@ impl Agent {
         let Ok(namespace) = Namespace::open(&nic.netns) else { return Ok(()) };
         let Self { pods, pins, kind, grace, .. } = self;
         let _short = grace.expedite();
-        for (name, hook) in PROGRAMS {
+        for (name, hook) in attach::NIC.all() {
             let program = object::tc(pods, name)?;
             let pin = pins.pod_tc(ifindex, hook);
             let target = Target { interface: &nic.interface, ifindex };
@@ -157,7 +150,7 @@ impl Agent {
 
     /// Removes the links of a NIC, wherever it is. Filters of clsact go with the NIC's way to another namespace.
     fn detach_nic(&self, ifindex: u32) -> Result<(), AgentError> {
-        for (_, hook) in PROGRAMS {
+        for (_, hook) in attach::NIC.all() {
             self.pins.remove(&self.pins.pod_tc(ifindex, hook))?;
         }
         Ok(())

@@ -14,8 +14,7 @@ use crate::{
     feature::TcKind,
     net,
     netlink::Netlink,
-    object::{self, program},
-    pin::Hook,
+    object,
     source::Pod,
     status::Event,
     wiring,
@@ -244,9 +243,9 @@ impl Agent {
         if self.kind == TcKind::Clsact {
             return self.attach_pod(&interface, ifindex);
         }
-        for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+        for (name, hook) in attach::POD.all() {
             let pin = self.pins.pod_tc(ifindex, hook);
-            if is_first(&pin, &interface, ifindex, hook, name) {
+            if is_first(&pin, ifindex, hook) {
                 continue;
             }
             let program = object::tc(&mut self.pods, name)?;

@@ -20,7 +20,7 @@ use crate::{
     feature::TcKind,
     net,
     object::{self, ObjectError, program},
-    pin::{Hook, LinkKind, Pins},
+    pin::{LinkKind, Pins},
     privilege::Loader,
     settings::{NodeChange, Settings},
     source::{Desired, Pod},
@@ -30,9 +30,6 @@ use crate::{
 };
 
 const OFF: &str = "off";
-
-/// Its tc programs, by the way that they look.
-const PROGRAMS: [(&str, Hook); 2] = [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)];
 
 type Gateway = (Ipv4Net, Ipv4Addr, [u8; 6]);
 
@@ -99,13 +96,10 @@ impl Parent {
 
     /// The program that belongs behind a link of this parent, if it is to have one.
     pub(super) fn program(&mut self, kind: LinkKind) -> Result<Option<ProgramFd>, ObjectError> {
-        let name = match kind {
-            LinkKind::Tc(Hook::In) => program::ENI_INGRESS,
-            LinkKind::Tc(Hook::Out) => program::ENI_EGRESS,
-            LinkKind::Xdp if self.config.xdp == Xdp::Off => return Ok(None),
-            LinkKind::Xdp => program::ENI_XDP,
-        };
-        object::program_fd(&mut self.ebpf, name).map(Some)
+        if kind == LinkKind::Xdp && self.config.xdp == Xdp::Off {
+            return Ok(None);
+        }
+        object::program_fd(&mut self.ebpf, program_behind(kind)).map(Some)
     }
 
     pub(super) fn name(&self) -> &str {
@@ -150,7 +144,7 @@ impl Parent {
         let Some(ifindex) = self.ifindex else { return Ok(()) };
         let interface = self.config.interface.as_str();
         let target = Target { interface, ifindex };
-        for (name, hook) in PROGRAMS {
+        for (name, hook) in attach::PARENT.all() {
             let program = object::tc(&mut self.ebpf, name)?;
             attach::attach_tc(kind, program, name, target, hook, &pins.parent_tc(interface, hook))?;
         }
@@ -161,20 +155,16 @@ impl Parent {
     pub(super) fn attach_again(&mut self, pins: &Pins, kind: TcKind) -> Result<(), AgentError> {
         let Some(ifindex) = self.ifindex else { return Ok(()) };
         self.attach_xdp(pins, &mut Vec::new())?;
-        let interface = self.config.interface.as_str();
-        let first = |(program, hook): &(&'static str, Hook)| {
-            is_first(&pins.parent_tc(interface, *hook), interface, ifindex, *hook, program)
-        };
         if kind == TcKind::Clsact {
             return self.attach_tc(pins, kind);
         }
-        if PROGRAMS.iter().all(first) {
-            return Ok(());
-        }
-        for (name, hook) in PROGRAMS.iter().filter(|it| !first(it)) {
-            let program = object::tc(&mut self.ebpf, name)?;
-            let pin = pins.parent_tc(interface, *hook);
-            attach::attach_first(program, name, Target { interface, ifindex }, *hook, &pin)?;
+        let interface = self.config.interface.as_str();
+        for (name, hook) in attach::PARENT.all() {
+            let pin = pins.parent_tc(interface, hook);
+            if !is_first(&pin, ifindex, hook) {
+                let program = object::tc(&mut self.ebpf, name)?;
+                attach::attach_first(program, name, Target { interface, ifindex }, hook, &pin)?;
+            }
         }
         Ok(())
     }
@@ -319,6 +309,14 @@ impl Parent {
             no_carrier_since: self.no_carrier_since,
             notes: notes.into_iter().flatten().collect(),
         }
+    }
+}
+
+/// The program that is behind a link of a parent.
+pub(super) fn program_behind(kind: LinkKind) -> &'static str {
+    match kind {
+        LinkKind::Tc(hook) => attach::PARENT.on(hook),
+        LinkKind::Xdp => program::ENI_XDP,
     }
 }
 

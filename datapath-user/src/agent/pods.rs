@@ -13,11 +13,10 @@ use super::{Agent, AgentError, exclusive::is_exclusive};
 use crate::{
     attach::{self, AttachError, Target},
     feature::TcKind,
-    net,
-    object::{self, program},
+    net, object,
     pin::Hook,
     source::Pod,
-    tables::{GRACE, Live, TablesError},
+    tables::{GRACE, Live, Put, Tables, TablesError},
     wiring::{self, PodSpec},
 };
 
@@ -46,7 +45,7 @@ impl Agent {
         let grace = Rc::clone(&self.grace);
         let _short = grace.expedite();
         let target = Target { interface, ifindex };
-        for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+        for (name, hook) in attach::POD.all() {
             let program = object::tc(&mut self.pods, name)?;
             attach::attach_tc(self.kind, program, name, target, hook, &self.pins.pod_tc(ifindex, hook))?;
         }
@@ -55,7 +54,7 @@ impl Agent {
 
     pub(super) fn detach_pod(&self, ifindex: u32) -> Result<(), AttachError> {
         let interface = net::ifname(ifindex);
-        for (name, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
+        for (name, hook) in attach::POD.all() {
             let pin = self.pins.pod_tc(ifindex, hook);
             attach::detach_tc(&self.pins, self.kind, name, interface.as_deref(), hook, &pin)?;
         }
@@ -141,7 +140,7 @@ impl Agent {
         moving: &BTreeSet<u64>,
     ) -> Result<usize, AgentError> {
         if pod.is_exclusive() {
-            return self.program_nic(pod, record, moving);
+            return self.program_nic(pod, record, moving).await;
         }
         let owner = record.owner;
         // Wired a moment ago, or it would be stuck; if it went away since, the next check finds it.
@@ -160,14 +159,7 @@ impl Agent {
             }
             return Err(error);
         }
-        let among = |owner| moving.contains(&owner);
-        let put = match self.tables.put_among(&record, &among) {
-            Err(TablesError::Resting) => {
-                time::sleep(GRACE).await;
-                self.tables.put_among(&record, &among)?
-            }
-            result => result?,
-        };
+        let put = put(&mut self.tables, &record, moving).await?;
         let limited = self.limit(pod, put.id)?;
         if let Some(before) = before.filter(|live| live.record.ifindex != ifindex) {
             self.detach_pod(before.record.ifindex)?;
@@ -194,6 +186,22 @@ impl Agent {
             };
             gone || !self.is_attached(ifindex)
         })
+    }
+}
+
+/// Writes a record, once there is a place for it that does not rest; owners that are moving give way.
+pub(super) async fn put(
+    tables: &mut Tables,
+    record: &Endpoint,
+    moving: &BTreeSet<u64>,
+) -> Result<Put, TablesError> {
+    let among = |owner| moving.contains(&owner);
+    match tables.put_among(record, &among) {
+        Err(TablesError::Resting) => {
+            time::sleep(GRACE).await;
+            tables.put_among(record, &among)
+        }
+        result => result,
     }
 }
 

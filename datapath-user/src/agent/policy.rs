@@ -18,14 +18,13 @@ use eniway_policy::{
     compile::{Compiled, Family, PodFacts, compile},
     model::Groups,
 };
-use tokio::time;
 
-use super::Agent;
+use super::{Agent, pods::put};
 use crate::{
     config::{Config, FastPath},
     policy::PolicyState,
     source::{Desired, Pod},
-    tables::{GRACE, PolicyDigest, Tables, TablesError, Written},
+    tables::{PolicyDigest, TablesError, Written},
 };
 
 /// What the agent knows of what is in force.
@@ -171,7 +170,7 @@ impl Agent {
         self.policy.swept = false;
         let mut demoted = false;
         for (_, record) in unsettled.iter().filter(|(_, record)| record.policy_id != 0) {
-            put(&mut self.tables, &Endpoint { policy_id: 0, ..*record }).await?;
+            put(&mut self.tables, &Endpoint { policy_id: 0, ..*record }, &BTreeSet::new()).await?;
             demoted = true;
         }
         if demoted {
@@ -218,15 +217,5 @@ impl Agent {
             Ok(()) => self.policy.reported = Some(state),
             Err(error) => log::error!("{error}"),
         }
-    }
-}
-
-async fn put(tables: &mut Tables, record: &Endpoint) -> Result<(), TablesError> {
-    match tables.put(record) {
-        Err(TablesError::Resting) => {
-            time::sleep(GRACE).await;
-            tables.put(record).map(|_| ())
-        }
-        result => result.map(|_| ()),
     }
 }

@@ -25,8 +25,6 @@ impl Agent {
             self.status.pods = active.into_iter().map(|(owner, pod)| self.pod_status(owner, pod)).collect();
             self.status.refused =
                 desired.refused.values().map(|pod| format!("{}: {}", pod.name, pod.reason)).collect();
-        }
-        if let Some(desired) = self.desired.clone() {
             self.report_policy(&desired);
         }
         // First, so that who sees the status finds it.

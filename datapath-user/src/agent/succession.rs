@@ -5,13 +5,13 @@ use std::{collections::BTreeMap, time::Instant};
 use aya::Ebpf;
 use datapath_common::abi::maps::MAX_PARENTS;
 
-use super::{Agent, AgentError, exclusive::is_exclusive};
+use super::{Agent, AgentError, exclusive::is_exclusive, parent::program_behind};
 use crate::{
     attach::{self, Target},
     config::{self, Xdp},
     feature::TcKind,
     net::{self, InterfaceName},
-    object::{self, program},
+    object,
     pin::{Hook, LinkKind, LinkOf},
     privilege::Loader,
     tables::{Maps, Tables},
@@ -95,13 +95,8 @@ impl Agent {
         let record = self.tables.pods().find(|pod| pod.record.ifindex == ifindex).map(|pod| pod.record);
         // One without a record is of no pod any more, or not yet: it is removed once the source has spoken.
         let nic = record.is_some_and(|record| is_exclusive(&record));
-        let wanted = match (nic, hook) {
-            (true, Hook::In) => program::NIC_INGRESS,
-            (true, Hook::Out) => program::NIC_EGRESS,
-            (false, Hook::In) => program::POD_EGRESS,
-            (false, Hook::Out) => program::POD_INGRESS,
-        };
-        let program = object::program_fd(&mut self.pods, wanted)?;
+        let programs = if nic { attach::NIC } else { attach::POD };
+        let program = object::program_fd(&mut self.pods, programs.on(hook))?;
         Ok(takeover.swap(name, &program)?)
     }
 
@@ -117,12 +112,7 @@ impl Agent {
         {
             parent.program(kind)?
         } else if let Some(orphan) = orphans.get_mut(interface) {
-            let wanted = match kind {
-                LinkKind::Tc(Hook::In) => program::ENI_INGRESS,
-                LinkKind::Tc(Hook::Out) => program::ENI_EGRESS,
-                LinkKind::Xdp => program::ENI_XDP,
-            };
-            Some(object::program_fd(&mut orphan.ebpf, wanted)?)
+            Some(object::program_fd(&mut orphan.ebpf, program_behind(kind))?)
         } else {
             None
         };
@@ -162,7 +152,7 @@ impl Agent {
         }
         for (interface, Orphan { ifindex, ebpf }) in orphans {
             let target = Target { interface, ifindex: *ifindex };
-            for (name, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
+            for (name, hook) in attach::PARENT.all() {
                 let program = object::tc(ebpf, name)?;
                 let pin = self.pins.parent_tc(interface, hook);
                 attach::attach_tc(self.kind, program, name, target, hook, &pin)?;

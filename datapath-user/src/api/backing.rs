@@ -11,7 +11,7 @@ use tonic::Status;
 
 use crate::{
     attachment::Attachment,
-    source::{allocator::Allocators, owner_of},
+    source::allocator::{Allocators, low_half, owner},
 };
 
 /// Where interfaces come from.
@@ -36,7 +36,7 @@ pub(super) async fn allocate(
         namespace: wanted.namespace.clone(),
         name: wanted.name.clone(),
         netns: Some(wanted.netns.display().to_string()),
-        interface: wanted.interface.clone(),
+        interface: wanted.interface.to_string(),
         address: AddressRequest::Pool,
         security_groups: None,
         timeout: None,
@@ -60,12 +60,7 @@ pub(super) async fn allocate(
             format!("the pod asks for {asked}, and node {node} has {has} by the allocator's settings");
         return Err(proto::status(Reason::Refused, message));
     }
-    // The agent's tables hold the low half.
-    Ok((owner(&allocation.key), (allocation.generation & u64::from(u32::MAX)) as u32))
-}
-
-fn owner(key: &PodKey) -> u64 {
-    owner_of(&key.uid, &key.container_id)
+    Ok((owner(&allocation.key), low_half(allocation.generation)))
 }
 
 /// Gives back what a sandbox has. Answers with the owners of its records.

@@ -34,7 +34,6 @@ use crate::{
     agent::asks::{Answer, Ask, Refused, View},
     attachment::Attachment,
     audit::Target,
-    net::Mac,
     netns::{Namespace, NetnsError},
     wiring,
 };
@@ -169,7 +168,7 @@ impl Inner {
                 );
                 return Err(proto::status(Reason::Exists, message));
             }
-            Err(Refused::Unknown(message) | Refused::Unkept(message)) => {
+            Err(Refused::Because(message)) => {
                 return Err(proto::status(Reason::Refused, message));
             }
         };
@@ -261,7 +260,7 @@ impl Inner {
             |message: String| proto::status(Reason::Check, format!("container {container_id}: {message}"));
         let view = self.ask(|answer| Ask::Look(container_id.clone(), answer)).await?;
         let view = view.ok_or_else(|| wrong("the agent knows no such sandbox".to_owned()))?;
-        if view.pod.interface.as_str() != interface {
+        if view.pod.interface != interface {
             return Err(wrong(format!("its interface is {}, not {interface}", view.pod.interface)));
         }
         if let Some(problem) = view.problem {
@@ -287,14 +286,16 @@ impl Inner {
             valid.push(request::identity(Some(attachment))?);
         }
         let is_valid = |container_id: &str, interface: &str| {
-            valid.iter().any(|(id, name)| id == container_id && name == interface)
+            valid.iter().any(|(id, name)| id == container_id && name.as_str() == interface)
         };
         let mut stale: Vec<(String, String, String)> = match &self.backing {
             Backing::File => Vec::new(),
             Backing::Allocator(allocator) => backing::brought(allocator, &self.node).await?,
         };
         let known = self.attachments().await?;
-        stale.extend(known.into_iter().map(|known| (known.container_id, known.interface, known.uid)));
+        stale.extend(
+            known.into_iter().map(|known| (known.container_id, known.interface.to_string(), known.uid)),
+        );
         stale.retain(|(container_id, interface, _)| !is_valid(container_id, interface));
         stale.sort_unstable();
         stale.dedup();
@@ -336,9 +337,4 @@ fn check_namespace(path: &Path) -> Result<(), Status> {
         return Err(proto::status(Reason::Invalid, message));
     }
     Ok(())
-}
-
-/// As the wire has it.
-fn text(mac: [u8; 6]) -> String {
-    Mac(mac).to_string()
 }

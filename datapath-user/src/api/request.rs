@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 
-use eniway_agent_api::{self as proto, AddRequest, AddResponse, Reason};
+use eniway_agent_api::{self as proto, AddRequest, AddResponse, Reason, is_container_id};
 use tonic::Status;
 
-use super::text;
 use crate::{
     agent::asks::View,
-    attachment::{Attachment, Extras, Route, is_container_id, sysctl_parts},
+    attachment::{Attachment, Extras, Route, sysctl_parts},
     bandwidth::{Asked, Bandwidth},
     net::InterfaceName,
 };
@@ -18,24 +17,22 @@ fn invalid(message: impl Into<String>) -> Status {
 }
 
 /// Which sandbox, and which interface in it.
-pub(super) fn identity(attachment: Option<proto::Attachment>) -> Result<(String, String), Status> {
+pub(super) fn identity(attachment: Option<proto::Attachment>) -> Result<(String, InterfaceName), Status> {
     let proto::Attachment { container_id, interface } =
         attachment.ok_or_else(|| invalid("no attachment is given"))?;
     if !is_container_id(&container_id) {
         return Err(invalid(format!(
-            "container id `{container_id}` is not letters, digits, `_`, `.` and `-`"
+            "container id `{container_id}` is not 1 to 128 letters, digits, `_`, `.` and `-`"
         )));
     }
-    if InterfaceName::new(&interface).is_none() {
-        return Err(invalid(format!("`{interface}` cannot be an interface's name")));
-    }
-    Ok((container_id, interface))
+    let name = InterfaceName::new(&interface);
+    let name = name.ok_or_else(|| invalid(format!("`{interface}` cannot be an interface's name")))?;
+    Ok((container_id, name))
 }
 
 /// What is asked for.
 pub(super) fn attachment(request: &AddRequest) -> Result<Attachment, Status> {
     let (container_id, interface) = identity(request.attachment.clone())?;
-    let name = InterfaceName::new(&interface).ok_or_else(|| invalid("no interface is given"))?;
     let netns = PathBuf::from(&request.netns);
     if !netns.is_absolute() {
         return Err(invalid(format!("netns `{}` is not an absolute path", request.netns)));
@@ -66,7 +63,7 @@ pub(super) fn attachment(request: &AddRequest) -> Result<Attachment, Status> {
     let sysctls = request
         .sysctls
         .iter()
-        .map(|sysctl| Ok((sysctl_parts(&sysctl.key, &name).map_err(invalid)?, sysctl.value.clone())));
+        .map(|sysctl| Ok((sysctl_parts(&sysctl.key, &interface).map_err(invalid)?, sysctl.value.clone())));
     let sysctls = sysctls.collect::<Result<_, Status>>()?;
     let asked = request.bandwidth.unwrap_or_default();
     let asked = Asked {
@@ -101,8 +98,8 @@ pub(super) fn answer(view: &View) -> Result<AddResponse, Status> {
     let default = proto::Route { destination: "0.0.0.0/0".to_owned(), gateway: pod.gateway.to_string() };
     Ok(AddResponse {
         host_interface: view.host_interface.clone().unwrap_or_default(),
-        host_mac: view.host_interface.as_ref().map_or_else(String::new, |_| text(pod.gateway_mac.0)),
-        mac: text(pod.mac.0),
+        host_mac: view.host_interface.as_ref().map_or_else(String::new, |_| pod.gateway_mac.to_string()),
+        mac: pod.mac.to_string(),
         ipv4: format!("{}/32", pod.ipv4),
         gateway: pod.gateway.to_string(),
         mtu: pod.mtu.into(),

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 pub use self::expected::{Expected, ExpectedError, ExpectedParent, ExpectedPod, LiveRecord};
 pub(crate) use self::programs::is_first;
 use crate::{
+    attach,
     feature::TcKind,
     netlink::{HostState, Link, Neighbour, Netlink, NetlinkError, Route},
     pin::{PinError, Pins},
@@ -306,7 +307,8 @@ pub async fn audit(expected: &Expected, pins: &Pins, depth: Depth) -> Result<Rep
         {
             pod::host_side(&mut checks, pod, &live.record, &seen, depth);
             if seen.links.contains_key(pod.host_interface.as_str()) {
-                programs::pod(&mut checks, &netlink, kind, pins, pod, &live.record).await;
+                let (interface, ifindex) = (pod.host_interface.as_str(), live.record.ifindex);
+                programs::pod(&mut checks, &netlink, kind, pins, attach::POD, interface, ifindex).await;
             }
         }
         report.add(&Target::Pod(pod.owner), &pod.name, checks);

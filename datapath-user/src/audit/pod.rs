@@ -6,21 +6,17 @@ use datapath_common::abi::Endpoint;
 
 use super::{Checks, Depth, ExpectedPod, Kind, Seen, programs};
 use crate::{
+    attach,
     attachment::Route,
     ethtool::{self, Offload},
     feature::TcKind,
-    net::Mac,
+    net::{Mac, mac_text},
     netlink::{self, Link, MAIN, Neighbour, Netlink},
     netns::Namespace,
     pin::Pins,
     sysctl,
     wiring::{self, PodSpec, WiringError},
 };
-
-/// A MAC, or that there is none.
-pub(super) fn mac_text(mac: Option<[u8; 6]>) -> String {
-    mac.map_or_else(|| "none".to_owned(), |mac| Mac(mac).to_string())
-}
 
 fn state(up: bool) -> &'static str {
     if up { "up" } else { "down" }
@@ -170,7 +166,8 @@ pub(super) async fn whole_inside(pod: &ExpectedPod, kind: TcKind, pins: &Pins) -
         let mut checks = inside(&wanted).await?;
         if exclusive {
             let netlink = Netlink::open()?;
-            programs::nic(&mut checks, &netlink, kind, &pins, &wanted.interface, &record).await;
+            let (interface, ifindex) = (wanted.interface.as_str(), record.ifindex);
+            programs::pod(&mut checks, &netlink, kind, &pins, attach::NIC, interface, ifindex).await;
         }
         Ok(checks)
     };

@@ -2,11 +2,9 @@
 
 use std::path::Path;
 
-use datapath_common::abi::Endpoint;
-
-use super::{Checks, ExpectedParent, ExpectedPod, Kind, Seen};
+use super::{Checks, ExpectedParent, Kind, Seen};
 use crate::{
-    attach::CLSACT_PRIORITY,
+    attach::{self, CLSACT_PRIORITY, Programs},
     feature::TcKind,
     netlink::Netlink,
     object::program,
@@ -33,7 +31,7 @@ pub(super) async fn parent(
     seen: &Seen<'_>,
 ) {
     let interface = parent.interface.as_str();
-    for (program, hook) in [(program::ENI_INGRESS, Hook::In), (program::ENI_EGRESS, Hook::Out)] {
+    for (program, hook) in attach::PARENT.all() {
         let pin = &pins.parent_tc(interface, hook);
         tc(checks, netlink, kind, Place { interface, ifindex, hook, program, pin }).await;
     }
@@ -55,33 +53,19 @@ pub(super) async fn parent(
     }
 }
 
+/// A pod's programs, on its host side or on an ENI of its own. To be called where that interface is.
 pub(super) async fn pod(
     checks: &mut Checks,
     netlink: &Netlink,
     kind: TcKind,
     pins: &Pins,
-    pod: &ExpectedPod,
-    record: &Endpoint,
-) {
-    for (program, hook) in [(program::POD_EGRESS, Hook::In), (program::POD_INGRESS, Hook::Out)] {
-        let pin = &pins.pod_tc(record.ifindex, hook);
-        let (interface, ifindex) = (pod.host_interface.as_str(), record.ifindex);
-        tc(checks, netlink, kind, Place { interface, ifindex, hook, program, pin }).await;
-    }
-}
-
-/// In the pod's namespace.
-pub(super) async fn nic(
-    checks: &mut Checks,
-    netlink: &Netlink,
-    kind: TcKind,
-    pins: &Pins,
+    programs: Programs,
     interface: &str,
-    record: &Endpoint,
+    ifindex: u32,
 ) {
-    for (program, hook) in [(program::NIC_INGRESS, Hook::In), (program::NIC_EGRESS, Hook::Out)] {
-        let pin = &pins.pod_tc(record.ifindex, hook);
-        tc(checks, netlink, kind, Place { interface, ifindex: record.ifindex, hook, program, pin }).await;
+    for (program, hook) in programs.all() {
+        let pin = &pins.pod_tc(ifindex, hook);
+        tc(checks, netlink, kind, Place { interface, ifindex, hook, program, pin }).await;
     }
 }
 
@@ -101,16 +85,22 @@ async fn tc(checks: &mut Checks, netlink: &Netlink, kind: TcKind, place: Place<'
 
 /// What is there instead.
 fn tcx(place: &Place<'_>) -> Result<(), String> {
-    let info =
-        sys::link_info(place.pin).map_err(|error| format!("no link at {}: {error}", place.pin.display()))?;
-    if info.ifindex != place.ifindex {
+    match standing(place.pin, place.ifindex, place.hook)? {
+        None => Ok(()),
+        Some(before) => Err(format!("{}, after program {before}", place.program)),
+    }
+}
+
+/// The program that a link's program stands after on its hook, if any.
+fn standing(pin: &Path, ifindex: u32, hook: Hook) -> Result<Option<u32>, String> {
+    let info = sys::link_info(pin).map_err(|error| format!("no link at {}: {error}", pin.display()))?;
+    if info.ifindex != ifindex {
         return Err("a link that is attached to no interface, or to another".to_owned());
     }
-    let programs = sys::tcx_programs(place.ifindex, place.hook).map_err(|error| error.to_string())?;
+    let programs = sys::tcx_programs(ifindex, hook).map_err(|error| error.to_string())?;
     match programs.iter().position(|program| *program == info.prog_id) {
         None => Err("nothing of ours".to_owned()),
-        Some(0) => Ok(()),
-        Some(at) => Err(format!("{}, after program {}", place.program, programs[at - 1])),
+        Some(at) => Ok(at.checked_sub(1).map(|before| programs[before])),
     }
 }
 
@@ -125,6 +115,6 @@ async fn clsact(netlink: &Netlink, place: &Place<'_>) -> Result<(), String> {
 }
 
 /// Whether a link is attached to an interface, and its program stands before all others.
-pub(crate) fn is_first(pin: &Path, interface: &str, ifindex: u32, hook: Hook, program: &'static str) -> bool {
-    tcx(&Place { interface, ifindex, hook, program, pin }).is_ok()
+pub(crate) fn is_first(pin: &Path, ifindex: u32, hook: Hook) -> bool {
+    standing(pin, ifindex, hook) == Ok(None)
 }

@@ -4,15 +4,15 @@ use std::{fmt::Write as _, process::ExitCode, time::Duration};
 
 use eniway_agent_api::{ExpectRequest, RepairRequest, RepairResponse, SOCKET, agent_client::AgentClient};
 use serde::Serialize;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use super::{
-    CliError, Node, Target, print, print_json,
+    CliError, Node, Target, print, print_json, process,
     table::{Align, Table},
 };
 use crate::{
     audit::{self, Depth, Difference, Expected, Finding, Kind, Report, Target as Repair},
-    grace::Grace,
+    grace::{Grace, KNOB},
     lock,
 };
 
@@ -114,7 +114,7 @@ async fn look(node: &Node, notes: &mut Vec<String>) -> Result<Report, CliError> 
                 place: "node".to_owned(),
                 difference: Difference {
                     kind: Kind::Sysctl,
-                    what: "/sys/kernel/rcu_expedited".to_owned(),
+                    what: KNOB.to_owned(),
                     expected: "0".to_owned(),
                     found: "1, as an agent left it that was killed".to_owned(),
                 },
@@ -138,15 +138,15 @@ async fn look(node: &Node, notes: &mut Vec<String>) -> Result<Report, CliError> 
 }
 
 fn connect(node: &Node, patience: Duration) -> Result<AgentClient<Channel>, String> {
-    let socket = format!("unix:{}", node.config.run_dir.join(SOCKET).display());
-    let endpoint = Endpoint::from_shared(socket).map_err(|error| error.to_string())?;
-    Ok(AgentClient::new(endpoint.connect_timeout(patience).timeout(patience).connect_lazy()))
+    let socket = node.config.run_dir.join(SOCKET);
+    eniway_agent_api::client(&socket, patience, patience).map_err(|error| error.to_string())
 }
 
 /// Has the agent write down what should be now. Returns whether it did.
 async fn expect(node: &Node, notes: &mut Vec<String>) -> bool {
     let asked = async {
-        if node.status.as_ref().is_some_and(|status| is_stopped(status.pid)) {
+        let state = node.status.as_ref().and_then(|status| process(status.pid));
+        if state.is_some_and(|(_, state)| matches!(state, 'T' | 't')) {
             return Err("it is stopped".to_owned());
         }
         let mut agent = connect(node, PATIENCE)?;
@@ -161,12 +161,6 @@ async fn expect(node: &Node, notes: &mut Vec<String>) -> bool {
     }
 }
 
-/// Whether a signal has stopped a process.
-fn is_stopped(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['T', 't']))
-}
-
 async fn fix(node: &Node, findings: &[Finding], notes: &mut Vec<String>) -> Result<(), CliError> {
     if !node.running {
         let Ok(_lock) = lock::lock_run_dir(&node.config.run_dir) else {
@@ -177,7 +171,8 @@ async fn fix(node: &Node, findings: &[Finding], notes: &mut Vec<String>) -> Resu
         };
         // Puts the grace periods back.
         Grace::new(&node.config.run_dir);
-        if findings.iter().any(|finding| finding.repair != Repair::Nobody) {
+        let is_left = |it: &Finding| it.repair != Repair::Nobody && it.difference.what != KNOB;
+        if findings.iter().any(is_left) {
             notes.push(
                 "no agent is running, which alone repairs pods, parents and tables: start it \
                  (`eniway agent`, or `eniway agent --once`) and run `eniway audit --fix` again"
@@ -264,6 +259,22 @@ mod tests {
             },
             repair: Repair::Pod(1),
         }
+    }
+
+    #[tokio::test]
+    async fn an_agent_is_asked_for_only_where_one_is_needed() {
+        let run_dir = std::env::temp_dir().join(format!("eniway-audit-{}", std::process::id()));
+        let mut node = Node { running: false, ..crate::cli::tests::node(Vec::new()) };
+        node.config.run_dir.clone_from(&run_dir);
+        let mut notes = Vec::new();
+        let left_turned = Finding { repair: Repair::Leftovers, ..finding(KNOB) };
+        fix(&node, &[left_turned, Finding { repair: Repair::Nobody, ..finding("MTU") }], &mut notes)
+            .await
+            .unwrap();
+        assert!(notes.is_empty(), "{notes:?}");
+        fix(&node, &[finding("MTU of eth0")], &mut notes).await.unwrap();
+        assert!(matches!(notes.as_slice(), [one] if one.contains("no agent is running")), "{notes:?}");
+        std::fs::remove_dir_all(run_dir).unwrap();
     }
 
     #[test]

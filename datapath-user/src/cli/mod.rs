@@ -260,12 +260,15 @@ fn list<'a>(pods: impl Iterator<Item = &'a PodStatus>) -> String {
 
 /// Whether this process is an agent. Its number alone proves nothing: the system gives it to others again.
 fn is_agent(pid: u32) -> bool {
-    // "PID (name) state ...": state Z is a process that has ended and waits for its parent to notice.
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        stat.split_once('(')
-            .and_then(|(_, rest)| rest.rsplit_once(") "))
-            .is_some_and(|(name, rest)| name == "eniway" && !rest.starts_with('Z'))
-    })
+    // One that has ended and waits for its parent to notice is in state Z.
+    process(pid).is_some_and(|(name, state)| name == "eniway" && state != 'Z')
+}
+
+/// Name and state of a process (proc(5), `/proc/PID/stat`: "PID (name) state ..."), if there is one.
+fn process(pid: u32) -> Option<(String, char)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+    Some((name.to_owned(), rest.chars().next()?))
 }
 
 /// Writes to standard output. A reader that has gone, such as `head`, is no error.

@@ -3,8 +3,7 @@
 
 use std::time::Duration;
 
-use eniway_agent_api::{SOCKET, StatusRequest, agent_client::AgentClient};
-use tonic::transport::Endpoint;
+use eniway_agent_api::{SOCKET, StatusRequest};
 
 use super::{CliError, Target};
 use crate::{config::Config, status::Status};
@@ -27,9 +26,8 @@ pub(super) fn run(target: &Target, probe: Probe) -> Result<(), CliError> {
     let socket = config.run_dir.join(SOCKET);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let asked = runtime.map_err(CliError::Runtime)?.block_on(async {
-        let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display()));
-        let channel = endpoint.map_err(|error| error.to_string())?.timeout(PATIENCE).connect_lazy();
-        let answer = AgentClient::new(channel).status(StatusRequest {}).await;
+        let agent = eniway_agent_api::client(&socket, PATIENCE, PATIENCE);
+        let answer = agent.map_err(|error| error.to_string())?.status(StatusRequest {}).await;
         answer.map_err(|status| status.message().to_owned())
     });
     if let Err(error) = asked {

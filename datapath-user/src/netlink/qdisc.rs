@@ -1,11 +1,8 @@
 //! The queues of an interface: whether they keep packets until their time, and making them do so.
 
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use futures_util::TryStreamExt as _;
 use rtnetlink::{
-    packet_core::{
-        DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
-        Nla as _,
-    },
+    packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE, Nla as _},
     packet_route::{
         RouteNetlinkMessage,
         tc::{TcAttribute, TcHandle, TcMessage, TcOption},
@@ -172,18 +169,9 @@ impl Netlink {
             }
             message.attributes.push(TcAttribute::Other(DefaultNla::new(OPTIONS, options)));
         }
-        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewQueueDiscipline(message));
-        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
-        let what = || format!("give {} the queue `{kind}`", link.name);
-        let mut answers = self.handle.clone().request(request).map_err(|error| refused(what(), error))?;
-        while let Some(answer) = answers.next().await {
-            if let NetlinkPayload::Error(error) = answer.payload
-                && error.code.is_some()
-            {
-                return Err(refused(what(), rtnetlink::Error::NetlinkError(error)));
-            }
-        }
-        Ok(())
+        let request = RouteNetlinkMessage::NewQueueDiscipline(message);
+        let what = format!("give {} the queue `{kind}`", link.name);
+        self.request(request, NLM_F_CREATE | NLM_F_REPLACE, &what).await.map(drop)
     }
 }
 

@@ -280,12 +280,13 @@ async fn embedded(
     }
 }
 
-fn owner(key: &PodKey) -> u64 {
+/// Who owns the record of an allocation.
+pub(crate) fn owner(key: &PodKey) -> u64 {
     owner_of(&key.uid, &key.container_id)
 }
 
 /// The tables hold 32 bits of a generation, and compare them so that a turn of the counter does no harm.
-fn low_half(generation: u64) -> u32 {
+pub(crate) fn low_half(generation: u64) -> u32 {
     (generation & u64::from(u32::MAX)) as u32
 }
 

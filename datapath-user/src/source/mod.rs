@@ -18,6 +18,7 @@ use crate::{
     attachment::{Attachment, Extras},
     bandwidth::Bandwidth,
     config::FastPath,
+    fnv::Fnv,
     net::{InterfaceName, Mac, VlanId},
 };
 
@@ -345,27 +346,5 @@ impl Desired {
         self.pods().for_each(|(_, pod)| pod.hash(&mut hash));
         self.refused.hash(&mut hash);
         hash.finish()
-    }
-}
-
-/// FNV-1a: unlike the standard library's hasher it gives the same numbers with every version of Rust, and the owner
-/// of a record outlives many of them.
-struct Fnv(u64);
-
-impl Default for Fnv {
-    fn default() -> Self {
-        Self(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Hasher for Fnv {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
     }
 }

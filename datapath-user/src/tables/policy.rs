@@ -1,8 +1,11 @@
 //! The maps of security groups: written in the half that is not in force, then switched to.
 
-use std::collections::{self as hash, BTreeMap};
+use std::{
+    collections::{self as hash, BTreeMap},
+    hash::Hasher as _,
+};
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use aya::maps::{Array, HashMap, MapData};
 use datapath_common::abi::{
     Admitted, Endpoint, PairKey, maps,
     policy::{
@@ -15,9 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     TablesError,
-    handles::{Raw, entries, failed, found, gone, remove_where},
+    handles::{Raw, entries, failed, found, gone, remove_where, typed},
 };
-use crate::config::Limits;
+use crate::{config::Limits, fnv::Fnv};
 
 /// Handles to the maps of security groups.
 pub struct PolicyMaps {
@@ -93,31 +96,24 @@ fn words<W: Into<u64>>(words: impl IntoIterator<Item = W>) -> Vec<u8> {
     words.into_iter().flat_map(|word| word.into().to_le_bytes()).collect()
 }
 
-/// FNV-1a, by which the same rows give the same number in every version.
 fn digest(rows: impl Iterator<Item = Vec<u8>>) -> u64 {
-    rows.flatten().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    let mut hash = Fnv::default();
+    rows.for_each(|row| hash.write(&row));
+    hash.finish()
 }
 
-type Opened = Result<MapData, TablesError>;
-
 impl PolicyMaps {
-    pub(super) fn build(open: impl Fn(&'static str) -> Opened) -> Result<Self, TablesError> {
-        fn typed<T: TryFrom<Map, Error = MapError>>(
-            name: &'static str,
-            data: Opened,
-        ) -> Result<T, TablesError> {
-            Map::from_map_data(data?).and_then(T::try_from).map_err(failed(name, "use"))
-        }
+    pub(super) fn build(
+        open: impl Fn(&'static str) -> Result<MapData, TablesError>,
+    ) -> Result<Self, TablesError> {
         Ok(Self {
-            epoch: typed(maps::EPOCH, open(maps::EPOCH))?,
-            verdict: typed(maps::VERDICT, open(maps::VERDICT))?,
-            class: typed(maps::CLASS, open(maps::CLASS))?,
-            program: typed(maps::PROGRAM, open(maps::PROGRAM))?,
-            rules: typed(maps::RULES, open(maps::RULES))?,
-            pairs: typed(maps::PAIRS, open(maps::PAIRS))?,
-            pair_mark: typed(maps::PAIR_MARK, open(maps::PAIR_MARK))?,
+            epoch: typed(maps::EPOCH, &open)?,
+            verdict: typed(maps::VERDICT, &open)?,
+            class: typed(maps::CLASS, &open)?,
+            program: typed(maps::PROGRAM, &open)?,
+            rules: typed(maps::RULES, &open)?,
+            pairs: typed(maps::PAIRS, &open)?,
+            pair_mark: typed(maps::PAIR_MARK, &open)?,
         })
     }
 

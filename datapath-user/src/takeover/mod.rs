@@ -184,7 +184,7 @@ impl Takeover {
             other.check_records(&own)?;
         }
         pins.remove_remains()?;
-        let at = if exist { pins.clone() } else { pins.draft()? };
+        let at = if exist { pins.clone() } else { pins.draft() };
         let takeover = Self { pins: pins.clone(), at, other, own, copied: HashMap::new() };
         match takeover.prepare(exist, limits) {
             Ok(()) => Ok(takeover),
@@ -430,14 +430,9 @@ impl Other {
         let Some(description) = Description::read(&pins)? else {
             return Err(TakeoverError::Undescribed { path: pins.version_dir() });
         };
-        let needed = |table: Option<&Table>| {
-            let value = &table?.value;
-            ["owner", "id", "ifindex", "parent_ifindex", "parent", "vid", "ipv4", "mac"]
-                .iter()
-                .all(|name| value.has(name))
-                .then_some(())
-        };
-        if needed(description.table(maps::ENDPOINT)).is_none() {
+        let needed = ["owner", "id", "ifindex", "parent_ifindex", "parent", "vid", "ipv4", "mac"];
+        let records = description.table(maps::ENDPOINT);
+        if !records.is_some_and(|table| needed.iter().all(|name| table.value.has(name))) {
             return Err(TakeoverError::Undescribed { path: pins.version_dir() });
         }
         let other = Self { pins, description };

@@ -21,7 +21,7 @@ use ipnet::Ipv4Net;
 use super::{WiringError, check_name};
 use crate::{
     net::Mac,
-    netlink::{DefaultRoute, DisplayRule, Existing, Link, MAIN, Netlink, NetlinkError, SourceRule},
+    netlink::{DisplayRule, Existing, Link, MAIN, Netlink, NetlinkError, Route, SourceRule},
     settings::{NodeChange, Settings},
 };
 
@@ -39,8 +39,6 @@ pub struct ParentSpec {
 /// A prepared parent ENI.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepared {
-    /// Its index.
-    pub ifindex: u32,
     /// Whether VLAN tags reach XDP: read back from the driver, not assumed.
     pub rxvlan_off: bool,
     /// What eniway holds changed on the node for this parent, for people to read.
@@ -82,7 +80,7 @@ pub async fn prepare(spec: &ParentSpec, known: &mut Settings) -> Result<Prepared
     if !spec.gateways.is_empty() {
         changes.extend(route_by_parent(&netlink, spec, &link).await?);
     }
-    Ok(Prepared { ifindex: link.index, rxvlan_off, changes, queue_fault })
+    Ok(Prepared { rxvlan_off, changes, queue_fault })
 }
 
 /// Kernel settings that pods behind a parent need: the node forwards for them, and does not mind by which interface a
@@ -113,11 +111,10 @@ async fn route_by_parent(
             kept.push(rule);
         }
     }
-    let spared = |rule: &SourceRule| kept.contains(rule);
-    remove_rules(netlink, link.index, &kept, spared).await?;
+    remove_rules(netlink, link.index, &kept).await?;
     for route in parent_routes(netlink, link.index).await? {
         if !kept.iter().any(|rule| rule.table == route.table) {
-            netlink.delete_default_route(route).await?;
+            netlink.delete_route(route).await?;
         }
     }
     Ok(changes)
@@ -129,7 +126,7 @@ pub(crate) fn rules(source: Ipv4Net, table: u32) -> [SourceRule; 2] {
 }
 
 /// The table that has this default route already, or the first free one.
-fn table_for(routes: &[DefaultRoute], parent: u32, gateway: Ipv4Addr) -> Result<u32, WiringError> {
+fn table_for(routes: &[Route], parent: u32, gateway: Ipv4Addr) -> Result<u32, WiringError> {
     let own = routes.iter().find(|route| {
         TABLES.contains(&route.table) && route.output == parent && route.gateway == Some(gateway)
     });
@@ -144,24 +141,19 @@ fn table_for(routes: &[DefaultRoute], parent: u32, gateway: Ipv4Addr) -> Result<
         })
 }
 
-async fn parent_routes(netlink: &Netlink, parent: u32) -> Result<Vec<DefaultRoute>, WiringError> {
+async fn parent_routes(netlink: &Netlink, parent: u32) -> Result<Vec<Route>, WiringError> {
     let mut routes = netlink.own_default_routes().await?;
     routes.retain(|route| route.output == parent && TABLES.contains(&route.table));
     Ok(routes)
 }
 
 /// Removes the rules that lead to a parent's tables, and with them those of the same subnet for the main table, but
-/// for what is spared.
-async fn remove_rules(
-    netlink: &Netlink,
-    parent: u32,
-    kept: &[SourceRule],
-    spared: impl Fn(&SourceRule) -> bool,
-) -> Result<(), WiringError> {
+/// for those that are kept.
+async fn remove_rules(netlink: &Netlink, parent: u32, kept: &[SourceRule]) -> Result<(), WiringError> {
     let tables: Vec<u32> = parent_routes(netlink, parent).await?.iter().map(|route| route.table).collect();
     let rules = netlink.source_rules().await?;
     let leading = rules.iter().filter(|rule| rule.priority == RULE_PARENT && tables.contains(&rule.table));
-    for rule in leading.filter(|rule| !spared(rule)) {
+    for rule in leading.filter(|rule| !kept.contains(rule)) {
         netlink.delete_rule(*rule).await?;
         let [main, _] = self::rules(rule.source, rule.table);
         let shared = kept.contains(&main)
@@ -175,17 +167,16 @@ async fn remove_rules(
     Ok(())
 }
 
-/// Takes back what [`prepare`] did to the node's routing for this parent: rules, routes, neighbours. Settings
-/// and offloads: [`Settings::restore`]. A parent that is gone took everything but the rules
-/// with it.
+/// Takes back what [`prepare`] did to the node's routing for this parent, and to its queue: rules, routes, neighbours. Settings
+/// and offloads: [`Settings::restore`]. A parent that is gone took everything but the rules with it.
 pub async fn restore(interface: &str) -> Result<(), WiringError> {
     let netlink = Netlink::open()?;
     let Some(link) = netlink.find_link(interface).await? else {
         return remove_dead_rules(&netlink).await;
     };
-    remove_rules(&netlink, link.index, &[], |_| false).await?;
+    remove_rules(&netlink, link.index, &[]).await?;
     for route in parent_routes(&netlink, link.index).await? {
-        netlink.delete_default_route(route).await?;
+        netlink.delete_route(route).await?;
     }
     netlink.delete_own_neighbours(&link).await?;
     netlink.reset_fair_queue(&link).await?;
@@ -219,13 +210,14 @@ mod tests {
     #[test]
     fn a_subnet_keeps_its_table_and_a_new_one_takes_a_free_one() {
         let gateway = Ipv4Addr::new(10, 1, 16, 1);
-        let routes = [DefaultRoute { table: 2100, output: 5, gateway: Some(gateway) }];
+        let route =
+            |table, output| Route { table, destination: Ipv4Net::default(), output, gateway: Some(gateway) };
+        let routes = [route(2100, 5)];
         assert_eq!(table_for(&[], 5, gateway).unwrap(), 2100);
         assert_eq!(table_for(&routes, 5, gateway).unwrap(), 2100);
         assert_eq!(table_for(&routes, 6, gateway).unwrap(), 2101);
         assert_eq!(table_for(&routes, 5, Ipv4Addr::new(10, 1, 20, 1)).unwrap(), 2101);
-        let full: Vec<_> =
-            TABLES.map(|table| DefaultRoute { table, output: 1, gateway: Some(gateway) }).collect();
+        let full: Vec<_> = TABLES.map(|table| route(table, 1)).collect();
         assert!(table_for(&full, 5, gateway).is_err());
     }
 
@@ -299,6 +291,19 @@ mod tests {
             netlink.delete_link(&eth2).await.unwrap();
             restore("eth2").await.unwrap();
             assert_eq!(netlink.source_rules().await.unwrap(), before);
+
+            // What was so before eniway is nobody's to put back, whoever has undone it since.
+            let known = &mut Settings::load(&dir.join("later")).unwrap();
+            let changes = prepare(&one, known).await.unwrap().changes;
+            assert!(changes.iter().all(|change| change.was.is_none()), "{changes:?}");
+            netlink.set_down(&netlink.link("eth1").await.unwrap()).await.unwrap();
+            ethtool::set("eth1", Offload::RxVlan, true).unwrap();
+            sysctl::set(&["ipv4", "ip_forward"], "0").unwrap();
+            prepare(&one, known).await.unwrap();
+            assert!(known.restore().await.is_empty());
+            assert!(netlink.link("eth1").await.unwrap().up);
+            assert!(!ethtool::get("eth1", Offload::RxVlan).unwrap());
+            assert_eq!(sysctl::get(&["ipv4", "ip_forward"]).unwrap().as_deref(), Some("1"));
 
             let missing = ParentSpec { interface: "eth9".to_owned(), gateways: vec![], fair_queue: false };
             let error = prepare(&missing, known).await.unwrap_err().to_string();

@@ -13,7 +13,7 @@ use nix::net::if_::if_indextoname;
 use super::{labs, system::System};
 use crate::lab::{Agent, Error, Result, XdpMode, agent::Signal};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/eniway-unchecked"));
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/eniway"));
 
 /// As agents set it up; then they are stopped, and what is behind the links is replaced.
 pub(super) fn eniway() -> Result<System> {

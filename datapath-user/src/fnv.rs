@@ -1,0 +1,25 @@
+//! A hash for what outlives the program that made it.
+
+use std::hash::Hasher;
+
+/// FNV-1a: unlike the standard library's hasher it gives the same numbers with every version of Rust, and the owner
+/// of a record outlives many of them.
+pub(crate) struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Hasher for Fnv {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+}
