@@ -41,8 +41,40 @@ pub(crate) enum Engine {
     Wall,
 }
 
-/// Runs a benchmark. The allocator's figures are added to the report, others are written anew.
+/// Where figures go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Out<'a> {
+    /// The JSON file. The figures of `ipam` and `lifecycle` are added to what is there, those of others replace it.
+    pub(crate) report: &'a Path,
+    /// The directory of tables and charts.
+    pub(crate) plot: Option<&'a Path>,
+}
+
+/// Runs a benchmark.
 pub(crate) fn run(
+    bench: Bench,
+    engine: Option<Engine>,
+    kernel: &str,
+    out: Option<Out<'_>>,
+    args: &[String],
+) -> Result<()> {
+    let plot = out.and_then(|out| out.plot.map(|dir| (out.report, dir)));
+    if engine == Some(Engine::Counted) && !matches!(bench, Bench::Programs | Bench::Paths) {
+        bail!("this is measured by the clock; leave --engine out");
+    }
+    if plot.is_some() && !matches!(bench, Bench::Paths | Bench::Lifecycle) {
+        bail!("there are no charts of this; leave --plot out");
+    }
+    if !args.is_empty() && matches!(bench, Bench::Ipam | Bench::Policy) {
+        bail!("this has no cases to choose from; leave {args:?} out");
+    }
+    let measured = measure(bench, engine, kernel, out.map(|out| out.report), args);
+    // Also what was measured before something went wrong.
+    let drawn = plot.map_or(Ok(()), |(report, dir)| draw(bench, report, dir));
+    measured.and(drawn)
+}
+
+fn measure(
     bench: Bench,
     engine: Option<Engine>,
     kernel: &str,
@@ -50,9 +82,6 @@ pub(crate) fn run(
     args: &[String],
 ) -> Result<()> {
     match (bench, engine) {
-        (Bench::Ipam | Bench::Policy | Bench::Lifecycle, Some(Engine::Counted)) => {
-            bail!("this is measured by the clock; leave --engine out")
-        }
         (Bench::Ipam, _) => ipam(report),
         (Bench::Policy, _) => policy(report),
         (Bench::Lifecycle, _) => lifecycle(report, args),
@@ -71,7 +100,7 @@ pub(crate) fn run(
 }
 
 /// Makes tables and charts of a report.
-pub(crate) fn draw(bench: Bench, report: &Path, dir: &Path) -> Result<()> {
+fn draw(bench: Bench, report: &Path, dir: &Path) -> Result<()> {
     let program = match bench {
         Bench::Lifecycle => release(&[LIFECYCLE])?.join(LIFECYCLE),
         _ => lab::bin_dir()?.join("eniway-bench"),
@@ -142,6 +171,7 @@ fn counted(kernel: &str, name: &str, args: &[String], report: Option<&Path>) -> 
     let job = Job {
         kernel: &kernel,
         runs: &[Run { name: name.into(), program, args }],
+        programs: &[],
         tools: &tools,
         files: &[],
         packaged: &OVS_FILES.map(|file| (ovs.clone(), file)),

@@ -7,7 +7,7 @@ use bpf_build::{Compiler, find_in_path};
 
 use crate::{
     cmd,
-    needs::{self, BPF_LINKER, BPFFS},
+    needs::{self, BPF_LINKER, BPFFS, Scope},
 };
 
 enum State {
@@ -120,13 +120,7 @@ fn machine() -> Vec<Finding> {
             "not held: run as root, in a container with this capability added",
         ));
     }
-    for tool in needs::LAB_TOOLS
-        .into_iter()
-        .chain(needs::TEST_TOOLS)
-        .chain(needs::RUNTIME_TOOLS)
-        .chain(needs::VM_TOOLS)
-        .chain(needs::BENCH_TOOLS)
-    {
+    for tool in needs::tools(Scope::All) {
         findings.push(required(
             tool.program,
             needs::find_tool(tool.program).map(|path| path.display().to_string()),

@@ -69,11 +69,7 @@ enum Task {
         filter: Vec<String>,
     },
     /// Build the agent of the ABI version after this one, with other layouts, which tests of upgrades take turns with.
-    NextAbi {
-        /// As `cargo build --profile`.
-        #[arg(long, default_value = "dev")]
-        profile: String,
-    },
+    NextAbi,
     /// Measure (as root); exit status 1 only if measuring failed.
     Bench {
         /// What.
@@ -109,11 +105,10 @@ fn main() -> ExitCode {
             test::equivalence(test::Cases { seed, rule_sets })
         }
         Task::Test { group, kernels, filter, .. } => test::run(group, &kernels, &filter),
-        Task::NextAbi { profile } => lab::build_next(&profile).map(|()| true),
+        Task::NextAbi => lab::build_next("dev").map(|()| true),
         Task::Bench { what, engine, kernel, report, plot, args } => {
-            let measured = bench::run(what, engine, &kernel, report.as_deref(), &args);
-            let drawn = report.zip(plot).map_or(Ok(()), |(report, plot)| bench::draw(what, &report, &plot));
-            measured.and(drawn).map(|()| true)
+            let out = report.as_deref().map(|report| bench::Out { report, plot: plot.as_deref() });
+            bench::run(what, engine, &kernel, out, &args).map(|()| true)
         }
         Task::Check => check::run().map(|()| true),
     };

@@ -56,13 +56,13 @@ pub(crate) const LAB_TOOLS: [Tool; 6] = [
 ];
 
 /// The programs that the tests of the host crates run.
-pub(crate) const TEST_TOOLS: [Tool; 2] = [
+const TEST_TOOLS: [Tool; 2] = [
     tool("etcd", "etcd-server", "a store of the allocator, in its tests and benchmark"),
     tool("systemd-analyze", "systemd", "checks the units in deploy/"),
 ];
 
 /// The programs that virtual machines are made with.
-pub(crate) const VM_TOOLS: [Tool; 2] = [
+const VM_TOOLS: [Tool; 2] = [
     tool("depmod", "kmod", "the modules of a virtual machine's kernel"),
     tool("strip", "binutils", "programs for a virtual machine"),
 ];
@@ -71,8 +71,9 @@ pub(crate) const VM_TOOLS: [Tool; 2] = [
 pub(crate) const BENCH_TOOLS: [Tool; 1] =
     [tool("iptables-legacy-restore", "iptables", "kube-proxy's rules, in benchmarks")];
 
-/// The programs that the tests and the benchmark of the CNI plugin run.
-pub(crate) const RUNTIME_TOOLS: [Tool; 6] = [
+/// The programs that the tests of agent and CNI plugin, and their benchmark, run besides.
+const RUNTIME_TOOLS: [Tool; 7] = [
+    tool("ethtool", "ethtool", "changes an interface, for the agent to notice"),
     tool("containerd", "containerd", "runs pods in the tests of the CNI plugin"),
     tool("runc", "runc", "runs containerd's containers"),
     tool("busybox", "busybox-static", "is what runs in those pods"),
@@ -112,25 +113,25 @@ pub(crate) fn lacks(scope: Scope) -> Vec<Lack> {
         lacks.push(Lack::Linker(linker));
     }
     let missing = |tool: &Tool| find_tool(tool.program).is_none();
-    if matches!(scope, Scope::HostTests | Scope::Tests | Scope::All) {
-        lacks.extend(TEST_TOOLS.into_iter().filter(missing).map(Lack::Tool));
-    }
-    if matches!(scope, Scope::Tests | Scope::All) {
-        lacks.extend(RUNTIME_TOOLS.into_iter().filter(missing).map(Lack::Tool));
-    }
-    if matches!(scope, Scope::Tests | Scope::Bench | Scope::All) {
-        lacks.extend(VM_TOOLS.into_iter().filter(missing).map(Lack::Tool));
-    }
-    if matches!(scope, Scope::Bench | Scope::All) {
-        lacks.extend(BENCH_TOOLS.into_iter().filter(missing).map(Lack::Tool));
-    }
-    if matches!(scope, Scope::Lab | Scope::Tests | Scope::Bench | Scope::All) {
-        lacks.extend(LAB_TOOLS.into_iter().filter(missing).map(Lack::Tool));
-        if !bpffs_mounted() {
-            lacks.push(Lack::Bpffs);
-        }
+    lacks.extend(tools(scope).filter(missing).map(Lack::Tool));
+    if matches!(scope, Scope::Lab | Scope::Tests | Scope::Bench | Scope::All) && !bpffs_mounted() {
+        lacks.push(Lack::Bpffs);
     }
     lacks
+}
+
+/// The programs that `scope` runs.
+pub(crate) fn tools(scope: Scope) -> impl Iterator<Item = Tool> {
+    use Scope::{All, Bench, HostTests, Lab, Tests};
+    const SETS: [(&[Tool], &[Scope]); 5] = [
+        (&LAB_TOOLS, &[Lab, Tests, Bench, All]),
+        (&TEST_TOOLS, &[HostTests, Tests, All]),
+        (&RUNTIME_TOOLS, &[Tests, All]),
+        (&VM_TOOLS, &[Tests, Bench, All]),
+        (&BENCH_TOOLS, &[Bench, All]),
+    ];
+    let wanted = SETS.into_iter().filter(move |(_, scopes)| scopes.contains(&scope));
+    wanted.flat_map(|(tools, _)| tools.iter().copied())
 }
 
 /// The version of the `bpf-linker` that the compiler will find.

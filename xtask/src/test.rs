@@ -38,7 +38,7 @@ pub(crate) struct Cases {
 }
 
 /// How the files of the scenarios in the lab begin, in tests/tests; the others test the kernel programs.
-const SCENARIO_PREFIXES: [&str; 4] = ["agent", "fabric", "lab", "scenario"];
+const SCENARIO_PREFIXES: [&str; 6] = ["agent", "bandwidth", "fabric", "groups", "lab", "scenario"];
 
 /// Runs the tests of `group` (all without one), those in virtual machines on `kernels`. Returns whether all of them
 /// passed.

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{Job, Kernel, Ran, Run, boot};
 use crate::{
-    cmd, crates, needs,
+    cmd, crates, lab, needs,
     test::{Count, Reader},
 };
 
@@ -28,10 +28,13 @@ const TESTS: [&str; 10] = [
     "lab",
     "fabric",
     "agent",
-    super::UPGRADES,
+    "agent_abi",
     "scenarios",
     "bandwidth",
 ];
+
+/// Where tests look for the agent of the next ABI version: beside the directory of the other programs.
+const NEXT_AGENT: &str = "/opt/next-abi/eniway";
 
 /// How many generated packets the comparison of host and kernel takes; elsewhere it takes more.
 const PACKETS: &str = "5000";
@@ -111,6 +114,7 @@ fn on(kernel: &Kernel, programs: &[(String, PathBuf)], filter: &[String], bless:
     let job = Job {
         kernel,
         runs: &runs,
+        programs: &[(lab::next_agent()?, NEXT_AGENT)],
         tools: &tools()?,
         files: &[tests.join("abi.txt"), budget.clone()],
         packaged: &[],

@@ -46,7 +46,9 @@ pub(crate) struct Run {
 pub(crate) struct Job<'a> {
     pub(crate) kernel: &'a Kernel,
     pub(crate) runs: &'a [Run],
-    /// Further programs, by their names on the host's PATH or by path.
+    /// Further programs of ours, and their places inside. The agent is there in any case.
+    pub(crate) programs: &'a [(PathBuf, &'a str)],
+    /// Further programs of the machine, by their names on the host's PATH or by path.
     pub(crate) tools: &'a [PathBuf],
     /// Files that the programs find at the same place as on the host.
     pub(crate) files: &'a [PathBuf],
@@ -135,9 +137,6 @@ fn boot_in(dir: &Path, job: &Job<'_>, line: &mut impl FnMut(&str)) -> Result<Vec
 /// Where programs under test are inside.
 const GUEST_BIN: &str = "/opt/eniway";
 
-/// The test program that needs the agent of the next ABI version, too.
-const UPGRADES: &str = "agent_abi";
-
 fn build_image(to: &Path, scratch: &Path, job: &Job<'_>) -> Result<()> {
     let mut image = Image::create(to, scratch)?;
     for dir in
@@ -167,8 +166,8 @@ fn build_image(to: &Path, scratch: &Path, job: &Job<'_>) -> Result<()> {
         image.program(tool)?;
     }
     image.own_program(&lab::bin_dir()?.join("eniway"), &format!("{GUEST_BIN}/eniway"))?;
-    if job.runs.iter().any(|run| run.name == UPGRADES) {
-        image.own_program(&lab::next_agent()?, "/opt/next-abi/eniway")?;
+    for (program, place) in job.programs {
+        image.own_program(program, place)?;
     }
     for file in job.files {
         let content = fs::read(file).with_context(|| file.display().to_string())?;
