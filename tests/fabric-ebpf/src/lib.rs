@@ -1,9 +1,30 @@
-//! What the fabric's kernel program and its userspace share: the layout of its maps.
+//! What the fabric's kernel program and its userspace share: the layout of its maps; and what surrounds every object of this crate.
 //!
 //! The same rules as for the datapath's own ABI: `#[repr(C)]`, padding spelled out and zero. Addresses and MACs are
 //! in network order, all other integers (ports too) in the machine's.
 
 #![no_std]
+
+/// What an object has around its programs: a licence, as helpers are for GPL-compatible programs only, and a panic handler; on the
+/// host, where there is nothing to run, a `main`.
+#[macro_export]
+macro_rules! frame {
+    () => {
+        #[cfg(target_arch = "bpf")]
+        #[unsafe(no_mangle)]
+        #[unsafe(link_section = "license")]
+        static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+        #[cfg(target_arch = "bpf")]
+        #[panic_handler]
+        fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+            loop {}
+        }
+
+        #[cfg(not(target_arch = "bpf"))]
+        fn main() {}
+    };
+}
 
 /// The most backends a listener may have.
 pub const BACKENDS: usize = 16;
