@@ -196,8 +196,8 @@ pub const TABLES: [Table; maps::ALL.len()] = [
     Table { map: maps::HOST_DST, key: PREFIX, value: FLAGS },
     Table {
         map: maps::HOST_DST_BITS,
-        key: plain!(u32, "(ipv4 >> 8) % 65536 / 64"),
-        value: plain!(u64, "bit (ipv4 >> 8) % 64"),
+        key: plain!(u32, "(ipv4 >> 8) % 65536"),
+        value: plain!(u64, "bit ipv4 % 256 / 4"),
     },
     Table { map: maps::VIPS, key: VIP_KEY, value: plain!(u32, "vip") },
     Table { map: maps::FLOWS, key: FLOW_KEY, value: FLOW },
