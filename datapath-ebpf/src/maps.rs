@@ -89,7 +89,7 @@ static PAIRS: LruHashMap<PairKey, Admitted> = LruHashMap::with_max_entries(DEFAU
 /// Whether a pod has, or had, an entry in `PAIRS`. Set here, cleared by the agent with its pod; read by the agent.
 #[map]
 static PAIR_MARK: Array<u32> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
-/// Written by the agent; read by every hook but `eni_egress`, for pods with a limit; lives as long as the pod.
+/// Written by the agent; read by the tc hooks but `eni_egress`, for pods with a limit; lives as long as the pod.
 #[map]
 static LIMITS: Array<Limits> = Array::with_max_entries(DEFAULT_ENDPOINTS + 1, 0);
 /// Written here, for pods with a limit; zeroed by the agent with its pod, and when the limit changes.

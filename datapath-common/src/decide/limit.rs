@@ -9,7 +9,7 @@
 //! number, so that a pod whose packets wait for the wire is not cut off from the other doors.
 //!
 //! What is charged is IPv4, by the length of the frame without its tag; a GSO packet counts as it is, with one set of headers. ARP is
-//! not counted. What is exchanged with the node itself, or with where health checks come from, may use a reserve beyond the
+//! not charged. What is exchanged with the node itself, or with where health checks come from, may use a reserve beyond the
 //! burst that nothing else can use up, and does not wait in a queue.
 
 use super::Decision;
