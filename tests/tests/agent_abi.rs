@@ -29,7 +29,7 @@ use eniway_policy::model::{GroupList, Groups};
 use eniway_tests::lab::{
     Agent, Lab, Netns, Pod, PodSpec, Protocol, VipSpec, XdpMode,
     agent::{READY, Signal, eniway_binary, next_agent},
-    net::{UdpEcho, tcp_connect},
+    net::{UdpEcho, patient, tcp_connect},
 };
 use serde_json::{Value, json};
 
@@ -58,15 +58,7 @@ fn lab(id: &str, xdp: XdpMode) -> Result<Lab> {
         backends: vec!["b".into()],
         health_check: false,
     };
-    let pod = |name: &str, node: &str, last: u8| PodSpec {
-        namespace: "default".into(),
-        name: name.into(),
-        node: node.into(),
-        ip: [10, 1, 18, last].into(),
-        vlan: 100 + u16::from(last),
-        eip: None,
-        nginx: false,
-    };
+    let pod = |name, node, last: u8| PodSpec::bare(name, node, [10, 1, 18, last], 100 + u16::from(last));
     let lab = Lab::builder(id)
         .node("n", [10, 1, 0, 10], [10, 1, 16, 10])
         .node("m", [10, 1, 0, 11], [10, 1, 16, 11])
@@ -101,6 +93,7 @@ impl Stream {
     fn start(name: &'static str, from: &Netns, to: SocketAddrV4) -> Result<Self> {
         let socket = from.run(|| UdpSocket::bind("0.0.0.0:0"))??;
         socket.connect(to)?;
+        patient(&socket)?;
         socket.set_read_timeout(Some(SECOND / 2))?;
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let receiver = {
@@ -285,18 +278,15 @@ impl Version {
         assert_eq!(names, [format!("v{}", self.number)]);
         Ok(())
     }
+}
 
-    fn counters(&self, agent: &Agent) -> Result<BTreeMap<String, u64>> {
-        let table: Value = serde_json::from_str(&agent.cli_of(&self.binary, &["counters", "--json"])?)?;
-        let rows = table["rows"].as_array().ok_or("no rows")?;
-        Ok(rows
-            .iter()
-            .map(|row| {
-                let name = format!("{} {} {}", row["pod"], row["direction"], row["outcome"]);
-                (name, row["packets"].as_u64().unwrap_or(0))
-            })
-            .collect())
-    }
+/// What the version that runs has counted.
+fn counters(agent: &Agent) -> Result<BTreeMap<String, u64>> {
+    let count = |row: Value| {
+        let name = format!("{} {} {}", row["pod"], row["direction"], row["outcome"]);
+        (name, row["packets"].as_u64().unwrap_or(0))
+    };
+    Ok(agent.counters()?.into_iter().map(count).collect())
 }
 
 fn no_less(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) {
@@ -328,7 +318,7 @@ fn up_down_and_up_again_nothing_is_lost() -> Result {
         Ok(doors + pairs)
     };
     flows("before")?;
-    let mut counters = this.counters(agent)?;
+    let mut counted = counters(agent)?;
     for round in 0..2 {
         for (version, signal) in [(&next, Signal::SIGTERM), (&this, Signal::SIGKILL)] {
             agent.stop(signal)?;
@@ -336,9 +326,9 @@ fn up_down_and_up_again_nothing_is_lost() -> Result {
             version.is_alone(agent)?;
             assert_eq!(places(agent)?, before);
             traffic.stands(&format!("round {round}, version {}", version.number))?;
-            let now = version.counters(agent)?;
-            no_less(&counters, &now);
-            counters = now;
+            let now = counters(agent)?;
+            no_less(&counted, &now);
+            counted = now;
             assert!(agent.status()?["refused"].as_array().is_none_or(Vec::is_empty));
         }
         flows("again")?;
@@ -348,8 +338,7 @@ fn up_down_and_up_again_nothing_is_lost() -> Result {
     traffic.stands("at the end")?;
     let sent = traffic.end()?;
     // Nothing else is of that pod on the fast path: each datagram was counted once.
-    let counted = next.counters(agent)?["\"default/d\" \"egress\" \"local\""];
-    assert_eq!(counted, sent["fast path"]);
+    assert_eq!(counters(agent)?["\"default/d\" \"egress\" \"local\""], sent["fast path"]);
     // And nothing is left of either version.
     agent.stop(Signal::SIGTERM)?;
     agent.cli(&["detach"])?;
@@ -384,7 +373,7 @@ fn killed_at_any_step_either_version_goes_on() -> Result {
     let [this, next] = Version::both()?;
     let before = places(agent)?;
     let mut traffic = Traffic::begin(&lab)?;
-    let mut counters = this.counters(agent)?;
+    let mut counted = counters(agent)?;
     agent.stop(Signal::SIGKILL)?;
     let mut at = &this;
     let mut steps = 0;
@@ -402,9 +391,9 @@ fn killed_at_any_step_either_version_goes_on() -> Result {
             going_on.is_alone(agent)?;
             assert_eq!(places(agent)?, before, "step {step}");
             traffic.stands(&format!("step {step}"))?;
-            let now = going_on.counters(agent)?;
-            no_less(&counters, &now);
-            counters = now;
+            let now = counters(agent)?;
+            no_less(&counted, &now);
+            counted = now;
             agent.stop(Signal::SIGKILL)?;
             at = going_on;
         }

@@ -9,11 +9,10 @@
 
 use std::{fs, net::SocketAddrV4, thread, time::Duration};
 
-use datapath_common::abi::{Direction, Limits, Outcome};
-use datapath_user::{pin::Pins, tables::Maps};
+use datapath_common::abi::{Direction, Outcome};
 use eniway_tests::{
     lab::{
-        Netns, NetnsGuard,
+        Netns,
         agent::{eniway_binary, next_agent},
         net::{UdpEcho, udp_exchange},
     },
@@ -22,18 +21,6 @@ use eniway_tests::{
 use serde_json::{Value, json};
 
 type Result<T = (), E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
-
-fn sandboxes(test: &str, count: usize) -> Result<Vec<(NetnsGuard, Sandbox)>> {
-    (0..count)
-        .map(|number| {
-            let name = format!("ewr-{test}-{number}");
-            let _ = std::process::Command::new("ip").args(["netns", "del", &name]).output();
-            let guard = NetnsGuard::create(&name)?;
-            let netns = guard.netns().path().display().to_string();
-            Ok((guard, Sandbox { id: format!("{test}{number}"), netns, pod: format!("pod-{number}") }))
-        })
-        .collect()
-}
 
 #[track_caller]
 fn fails(said: &Said, code: u64, word: &str) {
@@ -50,7 +37,7 @@ fn previous(result: &Said) -> Value {
 fn a_sandbox_comes_is_checked_and_goes() -> Result {
     let mut node = Node::new("cni-life", 4)?;
     // Before there is an agent, nothing is half made.
-    let stands = sandboxes("cnilife", 2)?;
+    let stands = Sandbox::several("cnilife", 2)?;
     let (a, b) = (&stands[0].1, &stands[1].1);
     fails(&node.plugin("ADD", Some(a), json!({}))?, 11, "agent.sock");
     fails(&node.plugin("DEL", Some(a), json!({}))?, 11, "agent.sock");
@@ -112,7 +99,7 @@ fn a_sandbox_comes_is_checked_and_goes() -> Result {
 fn what_goes_wrong_half_way_is_undone() -> Result {
     let mut node = Node::new("cni-undo", 4)?;
     node.start_agent()?;
-    let stands = sandboxes("cniundo", 12)?;
+    let stands = Sandbox::several("cniundo", 12)?;
     // The interface's name is taken; the name of the pod is not known in the end.
     let sandbox = &stands[0].1;
     stands[0].0.netns().exec(&["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth9"])?;
@@ -165,7 +152,7 @@ fn what_goes_wrong_half_way_is_undone() -> Result {
 fn gc_takes_what_no_runtime_knows() -> Result {
     let mut node = Node::new("cni-gc", 4)?;
     node.start_agent()?;
-    let stands = sandboxes("cnigc", 4)?;
+    let stands = Sandbox::several("cnigc", 4)?;
     let mut added = Vec::new();
     for (_, sandbox) in &stands {
         added.push(node.plugin("ADD", Some(sandbox), json!({}))?);
@@ -191,7 +178,7 @@ fn gc_takes_what_no_runtime_knows() -> Result {
     Ok(())
 }
 
-/// NICs `ens1`, `ens2`, ... of a node, with the MACs that its allocator gives, on a bridge in the gateway's namespace.
+/// NICs of a node, on a bridge in the gateway's namespace.
 fn add_nics(node: &Node, gateway: &Netns, count: u8) -> Result {
     for words in [
         "ip link add br0 address fa:ff:ff:00:00:01 type bridge",
@@ -200,20 +187,17 @@ fn add_nics(node: &Node, gateway: &Netns, count: u8) -> Result {
     ] {
         gateway.exec(&words.split(' ').collect::<Vec<_>>())?;
     }
+    node.add_nics(count)?;
     for number in 1..=count {
-        let (nic, far) = (format!("ens{number}"), format!("n{number}"));
-        let mac = format!("fa:16:3e:00:00:{number:02x}");
-        let words =
-            ["ip", "link", "add", &nic, "mtu", "1600", "address", &mac, "type", "veth", "peer", "name", &far];
-        node.netns().exec(&words)?;
+        let far = format!("far{number}");
         node.netns().exec(&["ip", "link", "set", &far, "netns", gateway.name()])?;
-        gateway.exec(&["ip", "link", "set", &far, "up", "mtu", "1600", "master", "br0"])?;
+        gateway.exec(&["ip", "link", "set", &far, "up", "master", "br0"])?;
     }
     Ok(())
 }
 
 /// ```text
-///   gateway's namespace: br0, 10.1.16.1 ── n1 ... n8 (MACs as the VPC gives them) ── node, then pods
+///   gateway's namespace: br0, 10.1.16.1 ── far1 ... far8 (MACs as the VPC gives them) ── node, then pods
 /// ```
 ///
 /// A whole NIC goes into a pod, works there, is counted there, and comes back as it was.
@@ -222,7 +206,7 @@ fn an_exclusive_eni_goes_into_its_pod_and_comes_back() -> Result {
     const NICS: u8 = 8;
     let mut node = Node::new("cni-eni", 2)?;
     node.use_exclusive(u32::from(NICS))?;
-    let stands = sandboxes("cnieni", 3)?;
+    let stands = Sandbox::several("cnieni", 3)?;
     let gateway = stands[2].0.netns();
     add_nics(&node, gateway, NICS)?;
     node.start_agent()?;
@@ -312,7 +296,7 @@ fn an_exclusive_eni_goes_into_its_pod_and_comes_back() -> Result {
 fn enis_are_told_apart_by_indexes_that_the_agent_chooses() -> Result {
     let mut node = Node::new("cni-same", 2)?;
     node.use_exclusive(3)?;
-    let stands = sandboxes("cnisame", 3)?;
+    let stands = Sandbox::several("cnisame", 3)?;
     let gateway = stands[2].0.netns();
     add_nics(&node, gateway, 3)?;
     let index = |netns: &Netns, name: &str| -> Result<String> {
@@ -388,7 +372,7 @@ fn a_pod_of_the_file_gets_the_sandbox_that_the_runtime_brings() -> Result {
     fs::write(node.path("pods.json"), document(&["pod-0", "pod-1"]))?;
     node.use_file(&node.path("pods.json"))?;
     node.start_agent()?;
-    let stands = sandboxes("cnifile", 3)?;
+    let stands = Sandbox::several("cnifile", 3)?;
     let first = node.plugin("ADD", Some(&stands[0].1), json!({}))?;
     assert_eq!(first.address(), Some([10, 1, 16, 10].into()), "{first:?}");
     assert!(node.plugin("ADD", Some(&stands[1].1), json!({}))?.ok);
@@ -413,7 +397,7 @@ fn a_pod_of_the_file_gets_the_sandbox_that_the_runtime_brings() -> Result {
 fn runtimes_limit_the_bandwidth_of_sandboxes() -> Result {
     let mut node = Node::new("cni-limit", 4)?;
     node.start_agent()?;
-    let stands = sandboxes("cnilimit", 1)?;
+    let stands = Sandbox::several("cnilimit", 1)?;
     let sandbox = &stands[0].1;
     let runtime = |bandwidth: Value| json!({ "runtimeConfig": { "bandwidth": bandwidth } });
     for (wrong, word) in [
@@ -423,24 +407,19 @@ fn runtimes_limit_the_bandwidth_of_sandboxes() -> Result {
         fails(&node.plugin("ADD", Some(sandbox), runtime(wrong))?, 7, word);
     }
     assert_eq!(node.traces()?, [""; 0]);
-    let limits = || -> Result<Vec<Limits>> {
-        let maps = Maps::open(&Pins::new(&node.pin_dir()))?;
-        let all = (0..maps.ids()).map(|id| maps.limits(id)).collect::<std::result::Result<Vec<_>, _>>()?;
-        Ok(all.into_iter().filter(|limits| *limits != Limits::ZERO).collect())
-    };
     // As containerd writes it for the annotation kubernetes.io/ingress-bandwidth: 10M.
     let asked = runtime(json!({ "ingressRate": 10_000_000, "ingressBurst": u32::MAX }));
     let said = node.plugin("ADD", Some(sandbox), asked)?;
     assert!(said.ok, "{said:?}");
-    let rows = limits()?;
+    let rows = node.limits_in_force()?;
     assert_eq!(rows.len(), 1);
     assert_eq!((rows[0].ingress.nanos(1000), rows[0].egress.cost), (800_000, 0));
     assert!(node.plugin("DEL", Some(sandbox), json!({}))?.ok);
-    assert_eq!(limits()?.len(), 0);
+    assert_eq!(node.limits_in_force()?, []);
     // What is left to the plugin `bandwidth` is none of ours.
     let annotated = json!({ "runtimeConfig": { "io.kubernetes.cri.pod-annotations":
         { "kubernetes.io/ingress-bandwidth": "10M" } } });
     assert!(node.plugin("ADD", Some(sandbox), annotated)?.ok);
-    assert_eq!(limits()?.len(), 0);
+    assert_eq!(node.limits_in_force()?, []);
     Ok(())
 }

@@ -11,7 +11,6 @@
 use std::{collections::HashMap, fs, time::Duration};
 
 use datapath_common::abi::{Bucket, Limits};
-use datapath_user::{pin::Pins, tables::Maps};
 use eniway_tests::runtime::{
     Node,
     containerd::Containerd,
@@ -59,6 +58,17 @@ async fn up(runtime: &Runtime) -> Result {
     Err("the CRI does not answer".into())
 }
 
+/// A client of the CRI, which is up.
+fn client(containerd: &Containerd) -> Result<(tokio::runtime::Runtime, Runtime)> {
+    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = {
+        let _inside = tokio.enter();
+        Runtime::new(&containerd.socket())?
+    };
+    tokio.block_on(up(&runtime))?;
+    Ok((tokio, runtime))
+}
+
 async fn start(runtime: &Runtime, containerd: &Containerd, pods: usize, attempt: u32) -> Result<Vec<String>> {
     let mut tasks = Vec::new();
     for number in 0..pods {
@@ -92,12 +102,7 @@ fn pods_of_containerd_come_and_go_without_a_trace() -> Result {
     let mut node = Node::new("containerd", 40)?;
     node.start_agent()?;
     let mut containerd = Containerd::start(&node, &[])?;
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let runtime = {
-        let _inside = tokio.enter();
-        Runtime::new(&containerd.socket())?
-    };
-    tokio.block_on(up(&runtime))?;
+    let (tokio, runtime) = client(&containerd)?;
 
     // Many at once, each with an address of its own.
     let ids = tokio.block_on(start(&runtime, &containerd, PODS, 0))?;
@@ -150,12 +155,7 @@ fn other_plugins_come_after_ours_and_ctr_can_use_it_too() -> Result {
         json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } }),
     ];
     let containerd = Containerd::start(&node, &chain)?;
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let runtime = {
-        let _inside = tokio.enter();
-        Runtime::new(&containerd.socket())?
-    };
-    tokio.block_on(up(&runtime))?;
+    let (tokio, runtime) = client(&containerd)?;
     let mut wanted = config(&containerd, 0, 0);
     wanted.port_mappings = vec![PortMapping { protocol: 0, container_port: 80, host_port: 8080 }];
     wanted.annotations = HashMap::from([
@@ -193,12 +193,7 @@ fn limits_are_the_plugins_where_it_has_the_capability() -> Result {
     node.limits = true;
     node.start_agent()?;
     let containerd = Containerd::start(&node, &[])?;
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let runtime = {
-        let _inside = tokio.enter();
-        Runtime::new(&containerd.socket())?
-    };
-    tokio.block_on(up(&runtime))?;
+    let (tokio, runtime) = client(&containerd)?;
     let mut wanted = config(&containerd, 0, 0);
     wanted.annotations = HashMap::from([
         ("kubernetes.io/ingress-bandwidth".to_owned(), "10M".to_owned()),
@@ -207,20 +202,15 @@ fn limits_are_the_plugins_where_it_has_the_capability() -> Result {
     ]);
     let id =
         tokio.block_on(runtime.run(wanted)).map_err(|status| format!("{status}\n{}", containerd.log()))?;
-    let limits = || -> Result<Vec<Limits>> {
-        let maps = Maps::open(&Pins::new(&node.pin_dir()))?;
-        let all = (0..maps.ids()).map(|id| maps.limits(id)).collect::<std::result::Result<Vec<_>, _>>()?;
-        Ok(all.into_iter().filter(|limits| *limits != Limits::ZERO).collect())
-    };
     // The burst that containerd writes where nobody has chosen one is not taken at its word.
     let expected = Limits {
         ingress: Bucket::new(10_000_000, 10_000_000 / 8 / 4),
         egress: Bucket::new(20_000_000, 1_000_000),
         pace: 0,
     };
-    assert_eq!(limits()?, [expected]);
+    assert_eq!(node.limits_in_force()?, [expected]);
     tokio.block_on(stop_all(&runtime, std::slice::from_ref(&id)))?;
-    assert_eq!(limits()?, []);
+    assert_eq!(node.limits_in_force()?, []);
     assert_eq!(node.traces()?, [""; 0]);
     Ok(())
 }

@@ -54,12 +54,7 @@ struct Server {
 
 impl Stand {
     fn new(name: &str, source: &str) -> Result<Self> {
-        let netns = |role: &str| -> Result<NetnsGuard> {
-            let name = format!("ewr-{name}-{role}");
-            // What an earlier run has left.
-            let _ = Command::new("ip").args(["netns", "del", &name]).output();
-            Ok(NetnsGuard::create(&name)?)
-        };
+        let netns = |role: &str| NetnsGuard::renew(format!("ewr-{name}-{role}"));
         let dir = std::env::temp_dir().join(format!("ewr-{name}"));
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;

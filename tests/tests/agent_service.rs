@@ -11,10 +11,7 @@ use std::{
 
 use datapath_user::privilege::{NEEDS, Need};
 use eniway_tests::{
-    lab::{
-        NetnsGuard,
-        net::{UdpEcho, udp_exchange},
-    },
+    lab::net::{UdpEcho, udp_exchange},
     runtime::{Node, SOON, Sandbox, plugin_binary},
 };
 use nix::{
@@ -36,18 +33,6 @@ fn only(which: impl Fn(&Need) -> bool) -> Vec<String> {
 fn launch_with(node: &mut Node, which: impl Fn(&Need) -> bool) {
     let words = only(which);
     node.launch_by(&words.iter().map(String::as_str).collect::<Vec<_>>());
-}
-
-fn sandboxes(test: &str, number: usize) -> Result<Vec<(NetnsGuard, Sandbox)>> {
-    let one = |number| {
-        let name = format!("ews-{test}-{number}");
-        // What an earlier run has left.
-        let _ = Command::new("ip").args(["netns", "del", &name]).output();
-        let guard = NetnsGuard::create(&name)?;
-        let netns = guard.netns().path().display().to_string();
-        Ok((guard, Sandbox { id: format!("{test}{number}"), netns, pod: format!("pod-{number}") }))
-    };
-    (0..number).map(one).collect()
 }
 
 /// Names by mask, of all threads.
@@ -109,7 +94,7 @@ fn with_the_documented_capabilities_it_does_everything() -> Result {
     launch_with(&mut node, |_| true);
     node.start_agent()?;
     holds_the_least(&node)?;
-    let stands = sandboxes("caps", 2)?;
+    let stands = Sandbox::several("svccaps", 2)?;
     let more = json!({ "sysctls": { "net.ipv4.conf.IFNAME.rp_filter": "0" } });
     let added =
         [node.plugin("ADD", Some(&stands[0].1), more)?, node.plugin("ADD", Some(&stands[1].1), json!({}))?];
@@ -138,15 +123,10 @@ fn with_the_documented_capabilities_it_does_everything() -> Result {
 fn with_the_documented_capabilities_it_gives_a_whole_nic() -> Result {
     let mut node = Node::new("svc-eni", 2)?;
     node.use_exclusive(2)?;
-    for number in 1..=2_u8 {
-        let (nic, far) = (format!("ens{number}"), format!("far{number}"));
-        let mac = format!("fa:16:3e:00:00:{number:02x}");
-        let words = ["ip", "link", "add", &nic, "address", &mac, "type", "veth", "peer", "name", &far];
-        node.netns().exec(&words)?;
-    }
+    node.add_nics(2)?;
     launch_with(&mut node, |_| true);
     node.start_agent()?;
-    let stands = sandboxes("eni", 1)?;
+    let stands = Sandbox::several("svceni", 1)?;
     let (stand, sandbox) = &stands[0];
     let added = node.plugin("ADD", Some(sandbox), json!({ "mode": "exclusive-eni" }))?;
     assert!(added.ok, "{added:?}\n{}", node.log());
@@ -224,7 +204,7 @@ fn it_tells_a_service_manager_how_it_is() -> Result {
     const WATCHDOG: Duration = Duration::from_millis(600);
     let mut node = Node::new("svc-notify", 4)?;
     node.start_agent()?;
-    let stands = sandboxes("notify", 1)?;
+    let stands = Sandbox::several("svcnotify", 1)?;
     let added = node.plugin("ADD", Some(&stands[0].1), json!({}))?;
     assert!(added.ok, "{added:?}");
     node.kill_agent();

@@ -249,7 +249,7 @@ fn an_agent_that_comes_back_finds_what_is_in_force() -> Result {
 fn people_are_told_why() -> Result {
     let lab = lab("g-told")?;
     let agent = lab.agent("n")?;
-    let policy: Value = serde_json::from_str(&agent.cli(&["policy", "--json"])?)?;
+    let policy = agent.cli_json(&["policy"])?;
     let verdicts: Vec<&str> = policy["pairs"]
         .as_array()
         .expect("what the test made")

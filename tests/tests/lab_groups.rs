@@ -41,8 +41,7 @@ fn list(ids: &[&str]) -> GroupList {
 }
 
 fn pod(builder: LabBuilder, name: &str, ip: Ipv4Addr, vlan: u16) -> LabBuilder {
-    let (namespace, name, node) = ("default".into(), name.into(), "n".into());
-    builder.pod_spec(PodSpec { namespace, name, node, ip, vlan, eip: None, nginx: false })
+    builder.pod_spec(PodSpec::bare(name, "n", ip, vlan))
 }
 
 // ---- Changes during traffic.

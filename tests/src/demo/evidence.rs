@@ -254,6 +254,13 @@ pub fn expect_seen(whoami: &Whoami, pod: &Pod, client: SocketAddrV4) -> Result<(
     Ok(())
 }
 
+/// Fails unless one pod reaches another, which sees the pod's own address.
+pub fn expect_reach(lab: &Lab, from: &Pod, to: &Pod) -> Result<()> {
+    let client = SocketAddrV4::new(from.ip, lab.fresh_port());
+    let (_, whoami) = ask(&from.netns, to.http(), client.port())?;
+    expect_seen(&whoami, to, client)
+}
+
 /// A connection that stays open for several requests.
 pub struct Session {
     stream: TcpStream,

@@ -14,7 +14,7 @@ use super::{
     report::{CheckLine, Report},
     table::{Align, Table},
 };
-use crate::lab::{Error, Lab, Subnet};
+use crate::lab::{Lab, Subnet};
 
 const GREEN: &str = "32";
 const RED: &str = "31";
@@ -89,7 +89,7 @@ pub(super) fn sub_enis(lab: &Lab) -> Result<()> {
 fn agents_pods(lab: &Lab) -> Result<Vec<(String, Value)>> {
     let mut all = Vec::new();
     for node in lab.nodes() {
-        let rows = json(&lab.agent(&node.name)?.cli(&["pods", "--json"])?)?;
+        let rows = lab.agent(&node.name)?.cli_json(&["pods"])?;
         let rows = rows.as_array().cloned().unwrap_or_default();
         all.extend(rows.into_iter().map(|row| (node.name.clone(), row)));
     }
@@ -101,8 +101,7 @@ pub(super) fn counters(lab: &Lab) -> Result<()> {
     // By kind, so that what was dropped stands together: packets in and out, bytes.
     let mut sums: BTreeMap<(String, String), [u64; 3]> = BTreeMap::new();
     for node in lab.nodes() {
-        let counters = json(&lab.agent(&node.name)?.cli(&["counters", "--json"])?)?;
-        for row in counters["rows"].as_array().into_iter().flatten() {
+        for row in &lab.agent(&node.name)?.counters()? {
             let key = (text(row, "kind").to_owned(), text(row, "outcome").to_owned());
             let sum = sums.entry(key).or_default();
             let packets = row["packets"].as_u64().unwrap_or(0);
@@ -130,10 +129,6 @@ pub(super) fn counters(lab: &Lab) -> Result<()> {
     }
     print!("\n{}", table.render(""));
     Ok(())
-}
-
-fn json(text: &str) -> Result<Value> {
-    Ok(serde_json::from_str(text).map_err(|error| Error::Protocol(format!("{error} in {text:?}")))?)
 }
 
 fn text<'v>(row: &'v Value, key: &str) -> &'v str {

@@ -20,7 +20,7 @@ use tokio::time::sleep;
 
 use super::{
     ledger::{Ledger, Wrong},
-    world::{NODES, World, fresh_netns, held},
+    world::{NODES, World, held},
 };
 use crate::lab::NetnsGuard;
 
@@ -99,7 +99,7 @@ impl Churn {
 
     fn pod(&self, kind: Kind, random: &mut Rng) -> Result<(NetnsGuard, AllocateRequest)> {
         let number = self.pods.fetch_add(1, Ordering::Relaxed);
-        let netns = fresh_netns(&format!("{}-p{number}", self.id))?;
+        let netns = NetnsGuard::renew(format!("{}-p{number}", self.id))?;
         let (node, name, address) = match kind {
             Kind::Pool(node) => (node, format!("pod-{number}"), AddressRequest::Pool),
             Kind::Static(name) => (

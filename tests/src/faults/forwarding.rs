@@ -61,15 +61,7 @@ pub struct Report {
 /// When something does not start, or does not come back.
 pub fn run(options: &Options, etcd_stops: u32) -> Result<Report> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let spec = |name: &str, node: &str, last: u8| PodSpec {
-        namespace: "default".to_owned(),
-        name: name.to_owned(),
-        node: node.to_owned(),
-        ip: [10, 1, 16, last].into(),
-        vlan: 3_000 + u16::from(last),
-        eip: None,
-        nginx: false,
-    };
+    let spec = |name, node, last: u8| PodSpec::bare(name, node, [10, 1, 16, last], 3_000 + u16::from(last));
     let lab = Lab::builder(&format!("{}-fwd", options.id))
         .node("n1", [10, 1, 0, 11], [10, 1, 16, 11])
         .node("n2", [10, 1, 0, 12], [10, 1, 16, 12])

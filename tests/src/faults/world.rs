@@ -38,7 +38,7 @@ use super::{
     process::Process,
     vpc,
 };
-use crate::lab::{Netns, NetnsGuard, agent::eniway_binary};
+use crate::lab::{NetnsGuard, agent::eniway_binary};
 
 pub(super) const NODES: usize = 3;
 const LIMIT: u32 = 24;
@@ -79,7 +79,7 @@ pub(super) struct NodeStand {
 impl NodeStand {
     fn new(dir: &Path, id: &str, number: usize, allocator: usize, socket: &Path) -> Result<Self> {
         let name = format!("node-{number}");
-        let netns = fresh_netns(&format!("{id}-n{number}"))?;
+        let netns = NetnsGuard::renew(format!("{id}-n{number}"))?;
         let pin_dir = Path::new("/sys/fs/bpf").join(netns.netns().name());
         let _ = fs::remove_dir_all(&pin_dir);
         netns.netns().exec(&["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "fabric"])?;
@@ -294,16 +294,6 @@ impl World {
 /// Whether a record stands for something that a pod has.
 pub(super) fn is_bound(record: &Interface) -> bool {
     record.state == State::Bound && record.claim.is_some()
-}
-
-/// A namespace of ours; what an earlier run has left of it goes first.
-pub(super) fn fresh_netns(name: &str) -> Result<NetnsGuard> {
-    let netns = Netns::named(name);
-    if netns.path().exists() {
-        let deleted = Command::new("ip").args(["netns", "del", name]).output()?;
-        ensure!(deleted.status.success(), "namespace {name} of an earlier run cannot be removed");
-    }
-    Ok(NetnsGuard::create(name)?)
 }
 
 fn subnet(id: &str, network: [u8; 4], prefix: u8) -> Result<Subnet> {

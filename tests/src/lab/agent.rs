@@ -309,6 +309,18 @@ impl Agent {
         self.cli_of(&started.map_or_else(eniway_binary, Ok)?, words)
     }
 
+    /// What `eniway <words> --json` says.
+    ///
+    /// # Errors
+    ///
+    /// When it ends with an error, or says something else than JSON.
+    pub fn cli_json(&self, words: &[&str]) -> Result<Value> {
+        let text = self.cli(&[words, &["--json"]].concat())?;
+        serde_json::from_str(&text).map_err(|error| {
+            Error::Protocol(format!("`eniway {} --json` of {}: {error}: {text}", words.join(" "), self.node))
+        })
+    }
+
     /// As [`cli`](Self::cli), with another binary.
     ///
     /// # Errors
@@ -330,14 +342,35 @@ impl Agent {
     ///
     /// When the command fails.
     pub fn counter(&self, pod: &str, direction: &str, outcome: &str) -> Result<u64> {
-        let text = self.cli(&["counters", "--json"])?;
-        let table: Value = serde_json::from_str(&text).map_err(|e| {
-            Error::Protocol(format!("`eniway counters --json` of {}: {e}: {text}", self.node))
-        })?;
-        let rows = table["rows"].as_array().map(Vec::as_slice).unwrap_or_default();
         let row =
             |row: &&Value| row["pod"] == pod && row["direction"] == direction && row["outcome"] == outcome;
-        Ok(rows.iter().filter(row).filter_map(|row| row["packets"].as_u64()).sum())
+        Ok(self.counters()?.iter().filter(row).filter_map(|row| row["packets"].as_u64()).sum())
+    }
+
+    /// All rows that `eniway counters` shows.
+    ///
+    /// # Errors
+    ///
+    /// When the command fails.
+    pub fn counters(&self) -> Result<Vec<Value>> {
+        Ok(self.cli_json(&["counters"])?["rows"].as_array().cloned().unwrap_or_default())
+    }
+
+    /// Gives all pods of the node one security group with these rules, and waits until the agent judges them by it. The fabric
+    /// knows nothing of it, and costs what it costs without.
+    ///
+    /// # Errors
+    ///
+    /// When the document cannot be written, or the agent does not become ready with it.
+    pub fn judge_all(&self, group: &str, rules: &Value) -> Result<()> {
+        self.change(|document| {
+            document["security_groups"] = json!([{ "id": group, "rules": rules }]);
+            for pod in document["pods"].as_array_mut().into_iter().flatten() {
+                pod["fast_path"] = json!("security-groups");
+                pod["security_groups"] = json!([group]);
+            }
+        })?;
+        self.wait_ready(READY)
     }
 
     /// Lets it run on when this value goes.

@@ -123,13 +123,6 @@ pub(super) struct Port {
     pub(super) checksums: bool,
 }
 
-/// Sizes of the fabric's tables.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Sizes {
-    /// Flows that the ELB knows at once.
-    pub(super) elb_flows: u32,
-}
-
 /// The fabric of a lab: all its ports are in one namespace, where one kernel program moves the packets.
 pub struct Fabric {
     netns: Netns,
@@ -148,13 +141,13 @@ pub struct Fabric {
 
 impl Fabric {
     /// Connects the ports, loads the program and attaches it. The links and maps are pinned: the fabric outlives
-    /// this process until the lab is removed. With a `gate`, IPv4 packets pass only as long as a
+    /// this process until the lab is removed. The ELB knows `elb_flows` flows at once. With a `gate`, IPv4 packets pass only as long as a
     /// [`Gate`](groups::Gate) judges them.
     pub(super) fn create(
         places: &Places,
         ports: &[Port],
         mtu: u32,
-        sizes: Sizes,
+        elb_flows: u32,
         log_flows: bool,
         vips: &[Ipv4Addr],
         gate: bool,
@@ -165,7 +158,7 @@ impl Fabric {
             groups::connect_gate(netns, mtu)?;
         }
         let names: Vec<&str> = ports.iter().map(|port| port.name.as_str()).collect();
-        netns.run(|| load(places, &names, sizes, log_flows, gate))??;
+        netns.run(|| load(places, &names, elb_flows, log_flows, gate))??;
         let fabric = Self::open(places.id())?;
         for vip in vips {
             lock(&fabric.vips).insert(vip.octets(), 1, 0).map_err(|e| Error::bpf("map VIPS", &e))?;
@@ -530,7 +523,7 @@ fn connect(netns: &Netns, ports: &[Port], mtu: u32) -> Result<()> {
 }
 
 /// Runs in the fabric's namespace.
-fn load(places: &Places, ports: &[&str], sizes: Sizes, log_flows: bool, gate: bool) -> Result<()> {
+fn load(places: &Places, ports: &[&str], elb_flows: u32, log_flows: bool, gate: bool) -> Result<()> {
     if OBJECT.is_empty() {
         return Err(Error::Bpf {
             what: "program".into(),
@@ -551,8 +544,8 @@ fn load(places: &Places, ports: &[&str], sizes: Sizes, log_flows: bool, gate: bo
         .override_global("VPC_MASK", &mask, true)
         .override_global("GATEWAY_MAC", &GATEWAY_MAC.0, true)
         .override_global("GATE", &gate_index, true)
-        .map_max_entries("ELB_FLOWS", sizes.elb_flows)
-        .map_max_entries("ELB_RETURNS", sizes.elb_flows)
+        .map_max_entries("ELB_FLOWS", elb_flows)
+        .map_max_entries("ELB_RETURNS", elb_flows)
         .load(OBJECT)
         .map_err(|e| Error::bpf("object", &e))?;
     let dir = places.pins().join("fabric");

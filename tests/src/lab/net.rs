@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
@@ -140,6 +141,7 @@ impl UdpEcho {
     pub fn start(netns: &Netns, at: SocketAddrV4) -> Result<Self> {
         let what = || format!("listening in {netns} at {at} (UDP)");
         let socket = netns.run(|| UdpSocket::bind(at))?.map_err(Error::io(what()))?;
+        patient(&socket).map_err(Error::io(what()))?;
         socket.set_read_timeout(Some(Duration::from_millis(20))).map_err(Error::io(what()))?;
         let addr = v4(socket.local_addr().map_err(Error::io(what()))?);
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -176,6 +178,15 @@ impl Drop for UdpEcho {
             let _ = thread.join();
         }
     }
+}
+
+/// Has a socket keep thousands of datagrams until somebody reads them: whoever does may have to wait for a processor.
+///
+/// # Errors
+///
+/// Without the privilege (`SO_RCVBUFFORCE`).
+pub fn patient(socket: &UdpSocket) -> io::Result<()> {
+    Ok(setsockopt(socket, RcvBufForce, &(16 << 20))?)
 }
 
 /// The answer to a datagram.

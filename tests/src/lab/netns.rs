@@ -224,6 +224,17 @@ impl NetnsGuard {
         Ok(guard)
     }
 
+    /// As [`create`](Self::create), in the place of what a run that was killed has left under this name.
+    ///
+    /// # Errors
+    ///
+    /// When what is there cannot be removed, or without the privilege.
+    pub fn renew(name: impl Into<String>) -> Result<Self> {
+        let name = name.into();
+        remove(&Netns::named(&*name))?;
+        Self::create(name)
+    }
+
     /// The namespace.
     pub fn netns(&self) -> &Netns {
         &self.netns

@@ -111,6 +111,14 @@ pub struct PodSpec {
     pub nginx: bool,
 }
 
+impl PodSpec {
+    /// A pod in Kubernetes namespace `default`, without EIP and nginx.
+    pub fn bare(name: &str, node: &str, ip: impl Into<Ipv4Addr>, vlan: u16) -> Self {
+        let namespace = "default".into();
+        Self { namespace, name: name.into(), node: node.into(), ip: ip.into(), vlan, eip: None, nginx: false }
+    }
+}
+
 /// A virtual machine to be: a client in [`Subnet::NODES`].
 #[derive(Clone, Debug)]
 pub struct VmSpec {

@@ -19,7 +19,7 @@ use super::{
     agent::{Agent, READY, Settings, put_groups},
     elb::{Elb, Listener},
     error::{Error, Result},
-    fabric::{Fabric, Port, Sizes},
+    fabric::{Fabric, Port},
     groups::{Gate, Vpc},
     ipam::Ipam,
     large,
@@ -140,15 +140,7 @@ impl LabBuilder {
     #[must_use]
     pub fn pod(self, name: &str, node: &str, ip: [u8; 4]) -> Self {
         let before = self.pods.iter().filter(|pod| pod.node == node).count();
-        self.pod_spec(PodSpec {
-            namespace: "default".into(),
-            name: name.into(),
-            node: node.into(),
-            ip: ip.into(),
-            vlan: 101 + before as u16,
-            eip: None,
-            nginx: true,
-        })
+        self.pod_spec(PodSpec { nginx: true, ..PodSpec::bare(name, node, ip, 101 + before as u16) })
     }
 
     /// Adds a pod with all its properties.
@@ -418,7 +410,7 @@ impl LabBuilder {
             places,
             &ports,
             self.mtu,
-            Sizes { elb_flows: self.elb_flows },
+            self.elb_flows,
             self.flow_log,
             &vips,
             self.groups.is_some(),

@@ -19,10 +19,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use datapath_common::abi::{Direction, Outcome};
+use datapath_common::abi::{Direction, Limits, Outcome};
 use datapath_user::{
     pin::Pins,
-    tables::{Maps, Tables},
+    tables::{Maps, Tables, TablesError},
 };
 use eniway_agent_api::{Attachment, CheckRequest, SOCKET, StatusRequest, agent_client::AgentClient};
 use serde_json::{Value, json};
@@ -76,6 +76,35 @@ pub struct Sandbox {
     pub netns: String,
     /// The pod's name, which is its uid, too; empty when the runtime knows no pods.
     pub pod: String,
+}
+
+impl Sandbox {
+    /// One of a pod with this name, by the id `id`, in a new network namespace.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be made.
+    pub fn create(netns: &str, id: &str, pod: &str) -> Result<(NetnsGuard, Self)> {
+        let guard = NetnsGuard::renew(netns)?;
+        let netns = guard.netns().path().display().to_string();
+        Ok((guard, Self { id: id.to_owned(), netns, pod: pod.to_owned() }))
+    }
+
+    /// So many of `pod-0`, `pod-1` and so on, for a test.
+    ///
+    /// # Errors
+    ///
+    /// When a namespace cannot be made.
+    pub fn several(test: &str, count: usize) -> Result<Vec<(NetnsGuard, Self)>> {
+        let one = |number| {
+            Self::create(
+                &format!("ewr-{test}-{number}"),
+                &format!("{test}{number}"),
+                &format!("pod-{number}"),
+            )
+        };
+        (0..count).map(one).collect()
+    }
 }
 
 fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
@@ -182,20 +211,44 @@ impl Node {
     ///
     /// When the tables cannot be read, or do not know the address.
     pub fn counted(&self, address: Ipv4Addr, direction: Direction, outcome: Outcome) -> Result<u64> {
-        let unreadable = |error: datapath_user::tables::TablesError| Error::Unknown(error.to_string());
-        let tables = Maps::open(&Pins::new(&self.pin_dir())).and_then(Tables::new).map_err(unreadable)?;
+        let tables = Maps::open(&Pins::new(&self.pin_dir()))
+            .and_then(Tables::new)
+            .map_err(|error| unreadable(&error))?;
         let pod = tables.pods().find(|pod| Ipv4Addr::from(pod.record.ipv4) == address);
         let id = pod.ok_or_else(|| Error::Unknown(format!("{address} is in no table")))?.record.id;
-        let rows = tables.maps.all_counters().map_err(unreadable)?;
+        let rows = tables.maps.all_counters().map_err(|error| unreadable(&error))?;
         let row = rows.into_iter().find(|(row, _)| *row == id);
         Ok(row.map_or(0, |(_, row)| row.get(direction, outcome).packets))
     }
 
+    /// What limits the pods that have a limit of bandwidth, by the kernel's tables.
+    ///
+    /// # Errors
+    ///
+    /// When the tables cannot be read.
+    pub fn limits_in_force(&self) -> Result<Vec<Limits>> {
+        let maps = Maps::open(&Pins::new(&self.pin_dir())).map_err(|error| unreadable(&error))?;
+        let all = (0..maps.ids()).map(|id| maps.limits(id).map_err(|error| unreadable(&error)));
+        all.filter(|limits| !matches!(limits, Ok(Limits::ZERO))).collect()
+    }
+
+    /// Adds NICs `ens1`, `ens2`, ... with the MACs that the allocator gives to exclusive ENIs. Their other ends, `far1`, `far2`, ...,
+    /// are on the node.
+    ///
+    /// # Errors
+    ///
+    /// When one cannot be made.
+    pub fn add_nics(&self, count: u8) -> Result<()> {
+        (1..=count).try_for_each(|number| {
+            self.netns().ip_batch(&format!(
+                "link add ens{number} mtu 1600 address fa:16:3e:00:00:{number:02x} type veth peer name far{number} mtu 1600\n"
+            ))
+        })
+    }
+
     /// The namespace of a node that has just been switched on.
     fn boot(&mut self) -> Result<()> {
-        let name = format!("ewr-{}-n", self.name);
-        crate::lab::netns::remove(&Netns::named(&name))?;
-        let guard = NetnsGuard::create(&name)?;
+        let guard = NetnsGuard::renew(format!("ewr-{}-n", self.name))?;
         guard.netns().exec(&["ip", "link", "add", "eth1", "type", "veth", "peer", "name", "fabric"])?;
         guard.netns().exec(&["ip", "link", "set", "fabric", "up"])?;
         self.netns = Some(guard);
@@ -245,8 +298,7 @@ impl Node {
     ///
     /// When it cannot be started, or does not become ready.
     pub fn start_agent(&mut self) -> Result<()> {
-        self.spawn_agent()?;
-        self.wait("the agent is ready", |node| Ok(node.plugin("STATUS", None, json!({}))?.ok))
+        self.start_agent_as(&eniway_binary()?)
     }
 
     /// As [`start_agent`](Self::start_agent), with another binary.
@@ -472,14 +524,14 @@ impl Node {
         }
         let pins = Pins::new(&self.pin_dir());
         if pins.maps_dir().exists() {
-            let tables = Maps::open(&pins).and_then(Tables::new);
-            let tables = tables.map_err(|error| Error::Unknown(error.to_string()))?;
+            let tables = Maps::open(&pins).and_then(Tables::new).map_err(|error| unreadable(&error))?;
             traces.extend(tables.pods().map(|pod| format!("map entry {}", Ipv4Addr::from(pod.record.ipv4))));
         }
         if self.allocator {
             let server = format!("unix:{}", self.path("ipam.sock").display());
-            let given = self.eniway(&["ipam", "allocations", "--json", "--server", &server])?;
-            let given: Vec<Value> = json_of(&given)?;
+            let text = self.eniway(&["ipam", "allocations", "--json", "--server", &server])?;
+            let given: Vec<Value> =
+                serde_json::from_str(&text).map_err(|error| Error::Unknown(format!("{error}: {text}")))?;
             traces.extend(given.iter().map(|one| format!("address of {}", one["name"])));
         }
         for (dir, what) in [
@@ -508,13 +560,12 @@ impl Node {
     }
 }
 
-fn json_of(text: &str) -> Result<Vec<Value>> {
-    serde_json::from_str(text).map_err(|error| Error::Unknown(format!("{error}: {text}")))
+fn unreadable(error: &TablesError) -> Error {
+    Error::Unknown(error.to_string())
 }
 
 fn run_plugin(mut command: Command, conf: &Value) -> Result<Said> {
-    let what = || format!("running {}", command.get_program().to_string_lossy());
-    let what = what();
+    let what = format!("running {}", command.get_program().to_string_lossy());
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(io_error(what.clone()))?;
     if let Some(mut stdin) = child.stdin.take() {

@@ -6,7 +6,6 @@ use eniway_ipam::{
     Allocation,
     vpc::{Operation, Violations, VpcInterface},
 };
-use serde_json::Value;
 
 use super::{Cast, Proof};
 use crate::{
@@ -78,14 +77,13 @@ fn of_fabric(nic: Attached) -> SubEni {
 fn of_kernel(lab: &Lab) -> Result<BTreeSet<SubEni>> {
     let mut all = BTreeSet::new();
     for node in lab.nodes() {
-        let text = lab.agent(&node.name)?.cli(&["pods", "--json"])?;
-        let wrong = |what: &str| Error::Protocol(format!("`eniway pods` on {}: {what}: {text}", node.name));
-        let rows: Vec<Value> = serde_json::from_str(&text).map_err(|error| wrong(&error.to_string()))?;
-        for row in rows {
+        let rows = lab.agent(&node.name)?.cli_json(&["pods"])?;
+        for row in rows.as_array().into_iter().flatten() {
             let vlan = row["vlan"].as_u64().and_then(|vlan| u16::try_from(vlan).ok());
             let ip = row["ip"].as_str().and_then(|ip| ip.parse().ok());
             let (Some(vlan), Some(mac), Some(ip)) = (vlan, row["mac"].as_str(), ip) else {
-                return Err(wrong("a row that makes no sense").into());
+                let what = format!("`eniway pods` on {}: a row that makes no sense: {row}", node.name);
+                return Err(Error::Protocol(what).into());
             };
             all.insert((node.parent_port.clone(), vlan, mac.to_owned(), ip));
         }

@@ -14,10 +14,10 @@ use serde_json::Value;
 
 use super::{Cast, Pinned, Proof};
 use crate::{
-    demo::evidence::{Place, Result, Trail, ask, expect_seen},
+    demo::evidence::{Place, Result, Trail, expect_reach},
     ensure,
     lab::{
-        Agent, Error, Netns, Pod,
+        Agent, Error, Netns,
         http::{Download, Request},
         ipam::request,
         large::{self, Compare},
@@ -141,7 +141,7 @@ fn during_transfers<T>(c: &Cast<'_>, act: impl FnOnce(&[Transfer]) -> Result<T>)
                         transfers.iter().all(|transfer| transfer.so_far() < large::LENGTH),
                         "a transfer was over too early: nothing is proved"
                     );
-                    works(c, c.near)?;
+                    expect_reach(c.lab, c.a, c.near)?;
                     Ok(done)
                 });
         for transfer in &transfers {
@@ -160,7 +160,7 @@ fn during_transfers<T>(c: &Cast<'_>, act: impl FnOnce(&[Transfer]) -> Result<T>)
 fn still_forwards(c: &Cast<'_>, transfers: &[Transfer]) -> Result<()> {
     let before: Vec<u64> = transfers.iter().map(Transfer::so_far).collect();
     for pod in [c.near, c.far] {
-        works(c, pod)?;
+        expect_reach(c.lab, c.a, pod)?;
     }
     wait_for("the transfers to go on", || {
         transfers.iter().zip(&before).all(|(transfer, before)| transfer.so_far() > before + 1_000_000)
@@ -181,12 +181,6 @@ fn operations_since(agent: &Agent, log_end: u64) -> Result<Option<u64>> {
         before.rsplit(' ').next()?.parse::<u64>().ok()
     };
     Ok(news.lines().filter_map(number).reduce(|a, b| a + b))
-}
-
-fn works(c: &Cast<'_>, pod: &Pod) -> Result<()> {
-    let port = c.lab.fresh_port();
-    let (_, whoami) = ask(&c.a.netns, pod.http(), port)?;
-    expect_seen(&whoami, pod, SocketAddrV4::new(c.a.ip, port))
 }
 
 fn wait_for(what: &str, done: impl Fn() -> bool) -> Result<()> {
