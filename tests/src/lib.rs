@@ -8,6 +8,7 @@ pub mod demo;
 pub mod dice;
 pub mod equivalence;
 pub mod faults;
+pub mod figures;
 pub mod lab;
 pub mod lifecycle;
 pub mod programs;

@@ -14,7 +14,7 @@ use std::{
     fs,
     io::Write as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,7 +23,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use datapath_user::{pin::Pins, tables::Maps, wiring::host_interface_name};
 use eniway_ipam::rpc::proto::{self, ipam_server::IpamServer, watch_response::What};
-use eniway_tests::lab::{Netns, NetnsGuard, agent::eniway_binary};
+use eniway_tests::{
+    figures::{self, percentile, rounded},
+    lab::{Netns, NetnsGuard, agent::eniway_binary},
+};
 use serde_json::{Value, json};
 use tokio::{
     net::UnixListener,
@@ -90,9 +93,9 @@ fn measure(args: &Args) -> Result<BTreeMap<String, Value>> {
     bench.start_agent()?;
     let few = 50.min(args.pods);
     let cold = bench.snapshot(few)?;
-    note("sync_new_pod_ms", json!(round(cold / f64::from(few))));
+    note("sync_new_pod_ms", json!(rounded(cold / f64::from(few))));
     let all = bench.snapshot(args.pods)?;
-    note("sync_snapshot_cold_ms", json!(round(all)));
+    note("sync_snapshot_cold_ms", json!(rounded(all)));
     bench.verify()?;
 
     let mut times = Vec::new();
@@ -102,8 +105,8 @@ fn measure(args: &Args) -> Result<BTreeMap<String, Value>> {
         times.push(bench.snapshot(args.pods)?);
         bench.verify()?;
     }
-    note("sync_snapshot_ms", json!(round(percentile(&mut times, 50))));
-    note("sync_snapshot_max_ms", json!(round(percentile(&mut times, 100))));
+    note("sync_snapshot_ms", json!(rounded(percentile(&mut times, 50))));
+    note("sync_snapshot_max_ms", json!(rounded(percentile(&mut times, 100))));
 
     std::thread::sleep(REST);
     for _ in 0..WARM_UP.min(args.changes) {
@@ -123,31 +126,18 @@ fn measure(args: &Args) -> Result<BTreeMap<String, Value>> {
     bench.verify()?;
     note("sync_changes", json!(args.changes));
     note("sync_changes_per_s", json!((f64::from(args.changes) / elapsed.as_secs_f64()).round()));
-    note("sync_change_p50_ms", json!(round(percentile(&mut times, 50))));
-    note("sync_change_p99_ms", json!(round(percentile(&mut times, 99))));
-    note("sync_change_max_ms", json!(round(percentile(&mut times, 100))));
+    note("sync_change_p50_ms", json!(rounded(percentile(&mut times, 50))));
+    note("sync_change_p99_ms", json!(rounded(percentile(&mut times, 99))));
+    note("sync_change_max_ms", json!(rounded(percentile(&mut times, 100))));
     note("rss_kib", json!(after));
     note("rss_growth_kib", json!(after as i64 - before as i64));
 
     bench.stop_agent();
     bench.start_agent()?;
     let restart = bench.wait_for_watch_and_snapshot(args.pods)?;
-    note("sync_restart_ms", json!(round(restart)));
+    note("sync_restart_ms", json!(rounded(restart)));
     bench.verify()?;
     Ok(figures)
-}
-
-fn round(value: f64) -> f64 {
-    (value * 1000.0).round() / 1000.0
-}
-
-fn percentile(values: &mut [f64], percent: usize) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let last = values.len().saturating_sub(1);
-    values
-        .get((values.len() * percent).div_ceil(100).saturating_sub(1).min(last))
-        .copied()
-        .unwrap_or(f64::NAN)
 }
 
 fn ms(since: Instant) -> f64 {
@@ -172,11 +162,10 @@ struct Bench {
 
 impl Bench {
     fn new(pods: u32) -> Result<Self> {
-        let _ = Command::new("ip").args(["netns", "del", NAMESPACE]).stderr(Stdio::null()).status();
         let dir = std::env::temp_dir().join(NAMESPACE);
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
-        let netns = NetnsGuard::create(NAMESPACE)?;
+        let netns = NetnsGuard::renew(NAMESPACE)?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let (server, acknowledged) = Server::new();
         let server = Arc::new(server);
@@ -237,9 +226,7 @@ impl Bench {
 
     fn rss_kib(&self) -> Result<u64> {
         let pid = self.agent.as_ref().context("no agent")?.id();
-        let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        Ok(line.trim().trim_end_matches("kB").trim().parse()?)
+        Ok(figures::rss_kib(pid)?)
     }
 
     /// Says something, waits until it is in the kernel, and tells how many milliseconds that took.

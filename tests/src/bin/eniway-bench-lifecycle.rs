@@ -33,6 +33,7 @@ use datapath_user::{
 };
 use eniway_tests::{
     demo::table::{Align, Table},
+    figures,
     lab::{
         Netns, NetnsGuard, XdpMode,
         agent::{eniway_binary, next_agent},
@@ -331,10 +332,8 @@ struct Stand {
 impl Stand {
     fn new(plugin: Plugin, number: usize) -> Result<Self> {
         let name = format!("ewr-life-{}-{number}", if plugin == Plugin::Ours { "a" } else { "b" });
-        let _ = std::process::Command::new("ip").args(["netns", "del", &name]).output();
-        let guard = NetnsGuard::create(&name)?;
-        let netns = guard.netns().path().display().to_string();
-        Ok(Self { plugin, sandbox: Sandbox { id: name.clone(), netns, pod: name }, _netns: guard })
+        let (_netns, sandbox) = Sandbox::create(&name, &name, &name)?;
+        Ok(Self { plugin, sandbox, _netns })
     }
 
     fn run(&self, node: &Node, verb: &str) -> Result<Said> {
@@ -371,10 +370,7 @@ impl Stand {
 
 /// What attaching a pod's two programs takes, in each way: docs/adr/0008-wiring-cost.md.
 fn attachments() -> Result<Value> {
-    let guard = NetnsGuard::create("ewr-life-attach").or_else(|_| {
-        let _ = std::process::Command::new("ip").args(["netns", "del", "ewr-life-attach"]).output();
-        NetnsGuard::create("ewr-life-attach")
-    })?;
+    let guard = NetnsGuard::renew("ewr-life-attach")?;
     let dir = std::env::temp_dir().join("ewr-life-attach");
     fs::create_dir_all(&dir)?;
     let pins = Pins::new(Path::new("/sys/fs/bpf/ewr-life-attach"));
@@ -424,15 +420,11 @@ fn attach_in(netns: &Netns, pins: &Pins, grace: &Grace) -> Result<Value> {
 
 /// Of times in milliseconds, rounded to microseconds.
 fn percentile(times: &mut [f64], percent: usize) -> Value {
-    times.sort_by(f64::total_cmp);
-    let index = (times.len() * percent).div_ceil(100).clamp(1, times.len()) - 1;
-    json!((times[index] * 1e3).round() / 1e3)
+    json!(figures::rounded(figures::percentile(times, percent)))
 }
 
 fn rss_kib(pid: u32) -> Result<u64> {
     // An agent gives back what its start took when it has run for two seconds.
     thread::sleep(Duration::from_secs(4));
-    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+    Ok(figures::rss_kib(pid)?)
 }

@@ -8,6 +8,11 @@ use std::{
     ptr,
 };
 
+use nix::sys::socket::{
+    setsockopt,
+    sockopt::{RcvBufForce, SndBufForce},
+};
+
 /// Bytes of a datagram.
 pub(super) const SIZE: usize = 64;
 /// Datagrams of a batch at the most.
@@ -15,8 +20,8 @@ pub(super) const BATCH: usize = 64;
 
 /// Receive buffers are so large that a receiver which does not run for a second loses nothing: the kernel counts some
 /// 800 bytes for a small datagram, and doubles what is asked for.
-const RECEIVE_BUFFER: libc::c_int = 64 << 20;
-const SEND_BUFFER: libc::c_int = 4 << 20;
+const RECEIVE_BUFFER: usize = 64 << 20;
+const SEND_BUFFER: usize = 4 << 20;
 
 /// A datagram, and where it came from or goes to.
 #[derive(Clone, Copy)]
@@ -129,22 +134,8 @@ fn none_if_it_would_block(error: io::Error) -> io::Result<()> {
 
 /// Makes a socket's buffers larger than the machine's limits allow (`SO_RCVBUFFORCE`).
 pub(super) fn widen(socket: &UdpSocket) -> io::Result<()> {
-    for (name, bytes) in [(libc::SO_RCVBUFFORCE, RECEIVE_BUFFER), (libc::SO_SNDBUFFORCE, SEND_BUFFER)] {
-        // SAFETY: the value and its length belong together.
-        let result = unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                name,
-                (&raw const bytes).cast(),
-                size_of_val(&bytes) as libc::socklen_t,
-            )
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
+    setsockopt(socket, RcvBufForce, &RECEIVE_BUFFER)?;
+    Ok(setsockopt(socket, SndBufForce, &SEND_BUFFER)?)
 }
 
 /// Datagrams that arrived at a socket and found it full, since it was made.

@@ -2,8 +2,6 @@
 
 use std::{collections::BTreeMap, fs};
 
-use serde_json::Value;
-
 use crate::lab::{Error, Lab, Netns, Result};
 
 /// Counters by what they count.
@@ -21,11 +19,7 @@ impl Witness {
             );
         }
         for agent in lab.agents() {
-            let table: Value =
-                serde_json::from_str(&agent.cli(&["counters", "--json"])?).map_err(|error| {
-                    Error::Protocol(format!("`eniway counters` of {}: {error}", agent.node()))
-                })?;
-            for row in table["rows"].as_array().into_iter().flatten() {
+            for row in agent.counters()? {
                 let word = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
                 if word("kind") != "forward" {
                     let what = format!(
