@@ -14,12 +14,9 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader, TestRun as _, TestRunOptions,
-    maps::{Map, MapError, ProgramArray},
-    programs::{
-        LinkOrder, ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRunResult, Xdp, links::FdLink,
-        tc::TcAttachOptions,
-    },
+    Ebpf, EbpfError, TestRun as _, TestRunOptions,
+    maps::{Map, MapError},
+    programs::{ProgramError, ProgramFd, SchedClassifier, TestRunResult, Xdp},
 };
 use datapath_common::{
     abi::{Direction, Outcome, Spent},
@@ -33,7 +30,9 @@ use datapath_user::{
 };
 use nix::sched::CloneFlags;
 
-static PROBE: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/probe"));
+mod probe;
+
+pub use probe::{Probe, pass_before_all};
 
 /// What tc programs return.
 pub mod tc {
@@ -221,7 +220,7 @@ fn program_error(name: &'static str) -> impl FnOnce(ProgramError) -> ProgramsErr
     move |source| ProgramsError::Program { name, source }
 }
 
-/// The five programs, and their tables.
+/// The programs, and their tables.
 pub struct Programs {
     /// The tables.
     pub maps: Maps,
@@ -384,8 +383,7 @@ impl Programs {
             _ => self.test_run(hook, options)?,
         };
         frame.truncate(result.data_size_out as usize);
-        let [low, high] = [SkBuff::TSTAMP, SkBuff::TSTAMP + 4].map(|at| u64::from(word(&left, at)));
-        let at = if cfg!(target_endian = "little") { high << 32 | low } else { low << 32 | high };
+        let at = u64::from_ne_bytes(std::array::from_fn(|byte| left[SkBuff::TSTAMP + byte]));
         Ok(Output { action: result.return_value as i32, frame, mark: word(&left, SkBuff::MARK), at })
     }
 
@@ -481,128 +479,6 @@ fn test_run(
         <&Xdp>::try_from(program).and_then(|program| program.test_run(options))
     };
     result.map_err(program_error(name))
-}
-
-/// The programs of `fabric-ebpf/src/probe.rs`, some of which call the program under test.
-pub struct Probe(Ebpf);
-
-impl Probe {
-    /// Does nothing.
-    pub const EMPTY: &str = "empty_tc";
-    /// Does nothing.
-    pub const EMPTY_XDP: &str = "empty_xdp";
-    /// Takes the tag beside the frame off.
-    pub const POP: &str = "pop_tc";
-    /// Puts a tag beside the frame.
-    pub const PUSH: &str = "push_tc";
-    /// Takes the tag out of the frame.
-    pub const POP_XDP: &str = "pop_xdp";
-    /// Tags the frame, then runs the next program.
-    pub const TAGGED: &str = "tagged";
-    /// Untags the frame, then runs the next program.
-    pub const UNTAGGED: &str = "untagged";
-    /// Runs the next program, then says which tag it left.
-    pub const LOOK: &str = "look";
-    /// Puts a tag into the frame, then runs the next program.
-    pub const TAGGED_XDP: &str = "tagged_xdp";
-
-    /// The tc programs.
-    const TC: [&str; 6] = [Self::EMPTY, Self::POP, Self::PUSH, Self::TAGGED, Self::UNTAGGED, Self::LOOK];
-    const XDP: [&str; 3] = [Self::EMPTY_XDP, Self::POP_XDP, Self::TAGGED_XDP];
-
-    /// Loads them. `vid` is the VLAN id that [`Probe::TAGGED_XDP`] tags with.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses one.
-    pub fn load(vid: u16) -> Result<Self, ProgramsError> {
-        if bpf_build::is_stub(PROBE) {
-            return Err(ObjectError::Stub.into());
-        }
-        let mut ebpf = EbpfLoader::new().override_global("TAG_CONTROL", &vid, true).load(PROBE)?;
-        for name in Self::TC {
-            let program = ebpf.program_mut(name).ok_or(ObjectError::Missing { name })?;
-            <&mut SchedClassifier>::try_from(program)
-                .and_then(SchedClassifier::load)
-                .map_err(program_error(name))?;
-        }
-        for name in Self::XDP {
-            let program = ebpf.program_mut(name).ok_or(ObjectError::Missing { name })?;
-            <&mut Xdp>::try_from(program).and_then(Xdp::load).map_err(program_error(name))?;
-        }
-        Ok(Self(ebpf))
-    }
-
-    /// Loads them, to call the tc program `next`.
-    fn before(name: &'static str, next: &ProgramFd) -> Result<Self, ProgramsError> {
-        let mut probe = Self::load(0)?;
-        probe.chain("NEXT", name, next)?;
-        Ok(probe)
-    }
-
-    /// Makes the programs call `next`, a program of the kind that `array` (`NEXT` or `NEXT_XDP`) is for.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses it.
-    pub fn chain(
-        &mut self,
-        array: &'static str,
-        name: &'static str,
-        next: &ProgramFd,
-    ) -> Result<(), ProgramsError> {
-        let map = self.0.map_mut(array).ok_or(ObjectError::Missing { name: array })?;
-        ProgramArray::try_from(map)
-            .and_then(|mut array| array.set(0, next, 0))
-            .map_err(|source| ProgramsError::Chain { name, source })
-    }
-
-    /// Runs one of them.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses the packet.
-    pub fn run(
-        &self,
-        name: &'static str,
-        options: TestRunOptions<'_>,
-    ) -> Result<TestRunResult, ProgramsError> {
-        test_run(&self.0, name, options)
-    }
-
-    /// One of them.
-    ///
-    /// # Errors
-    ///
-    /// When it is not there.
-    pub fn fd(&self, name: &'static str) -> Result<&ProgramFd, ProgramsError> {
-        fd(&self.0, name)
-    }
-}
-
-/// Attaches a program that does nothing to tc ingress of an interface of this thread's namespace, before all others that are
-/// there, and pins its link.
-///
-/// # Errors
-///
-/// When the kernel has no TCX, or refuses it.
-pub fn pass_before_all(interface: &str, pin: &std::path::Path) -> Result<(), ProgramsError> {
-    const NAME: &str = "empty_tc";
-    if bpf_build::is_stub(PROBE) {
-        return Err(ObjectError::Stub.into());
-    }
-    let mut ebpf = EbpfLoader::new().load(PROBE)?;
-    let program = ebpf.program_mut(NAME).ok_or(ObjectError::Missing { name: NAME })?;
-    let attach = |program: &mut SchedClassifier| {
-        program.load()?;
-        let first = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = program.attach_with_options(interface, TcAttachType::Ingress, first)?;
-        let other =
-            |error: &dyn std::error::Error| ProgramError::IOError(std::io::Error::other(error.to_string()));
-        let link = FdLink::try_from(program.take_link(id)?).map_err(|error| other(&error))?;
-        link.pin(pin).map(drop).map_err(|error| other(&error))
-    };
-    <&mut SchedClassifier>::try_from(program).and_then(attach).map_err(program_error(NAME))
 }
 
 /// Moves this thread into a network namespace of its own with interfaces of these indexes, so that packets can be said to

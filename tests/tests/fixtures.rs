@@ -26,7 +26,9 @@ use datapath_user::{
     config::{FastPath, Limits, Xdp},
     object::Constants,
 };
-use eniway_tests::programs::{Counts, Hook, Input, Programs, hex, now, private_netns, tc, write_pcap, xdp};
+use eniway_tests::programs::{
+    Counts, Hook, Input, Programs, hex, nanos, now, private_netns, tc, write_pcap, xdp,
+};
 
 const A: Endpoint = PODS[0];
 const B: Endpoint = PODS[1];
@@ -884,11 +886,12 @@ fn limited_node() -> MemoryTables {
 /// The same, with nothing left but the reserve.
 fn used_up_node() -> MemoryTables {
     let mut node = limited_node();
-    let clock = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("there is a clock");
-    let now = clock.tv_sec() as u64 * 1_000_000_000;
     for id in [A.id, C.id] {
         // Minutes beyond the burst, and minutes before the end of the reserve: all of it is asked within that time.
-        node.spend(id, now + limit(1_000_000).egress.depth + Bucket::new(1000, Bucket::RESERVE / 2).depth);
+        node.spend(
+            id,
+            nanos() + limit(1_000_000).egress.depth + Bucket::new(1000, Bucket::RESERVE / 2).depth,
+        );
     }
     node
 }
