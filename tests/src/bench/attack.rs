@@ -71,12 +71,13 @@ pub(super) fn eniway(id: &str, xdp: XdpMode) -> Result<System> {
     }
     for way in &mut ways {
         let Ends::Feed(load, _) = &way.ends else { continue };
-        way.proof = Some(match load {
-            Load::UnknownVlan => counted(pins, 0, Direction::Ingress, Outcome::UnknownVlan),
-            Load::WrongMac => counted(pins, record.id, Direction::Ingress, Outcome::WrongMac),
-            Load::WrongAddress => counted(pins, record.id, Direction::Ingress, Outcome::WrongAddress),
-            _ => counted(pins, record.id, Direction::Egress, Outcome::SourceAddress),
-        });
+        let (id, direction, outcome) = match load {
+            Load::UnknownVlan => (0, Direction::Ingress, Outcome::UnknownVlan),
+            Load::WrongMac => (record.id, Direction::Ingress, Outcome::WrongMac),
+            Load::WrongAddress => (record.id, Direction::Ingress, Outcome::WrongAddress),
+            _ => (record.id, Direction::Egress, Outcome::SourceAddress),
+        };
+        way.proof = Some(counted(pins, load.round().1, id, direction, outcome));
     }
     Ok(System { ways, hold: hold((), lab) })
 }
@@ -136,11 +137,11 @@ fn open(pins: &Path) -> Result<Maps> {
 }
 
 /// All frames of the first round were dropped for this reason.
-fn counted(pins: &Path, id: u32, direction: Direction, outcome: Outcome) -> Proof {
+fn counted(pins: &Path, sent: u64, id: u32, direction: Direction, outcome: Outcome) -> Proof {
     let pins = pins.to_owned();
     Box::new(move || {
         let row = open(&pins)?.counters(id).map_err(|error| Error::Protocol(error.to_string()))?;
-        let (packets, sent) = (row.get(direction, outcome).packets, Load::UnknownVlan.round().1);
+        let packets = row.get(direction, outcome).packets;
         if packets < sent {
             return Err(Error::Protocol(format!(
                 "{packets} of {sent} frames counted as {outcome:?} of pod {id}"

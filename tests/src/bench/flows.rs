@@ -22,7 +22,7 @@ use super::{
     load::{ECHO_DATAGRAMS, Limit},
 };
 
-/// The first port that is sent from. Below, the kernel chooses ports for others.
+/// The first port that is sent from.
 const FIRST_PORT: u16 = 2000;
 /// How many ports are sent from to each of the server's.
 const PORTS: u32 = 50_000;

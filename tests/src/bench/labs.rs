@@ -8,11 +8,11 @@ use super::{
     Pair, Place, floor,
     load::{ECHO_DATAGRAMS, TCP_PORTS},
     ovs::Ovs,
-    system::{A, B, C, PODS, Small, System, Way, index, kube_proxy, route, veth},
+    system::{A, B, C, PODS, Small, System, Way, index, kube_proxy, meet, route, veth},
 };
 use crate::lab::{
-    Agent, Error, GATEWAY_MAC, Lab, LabBuilder, Mac, Node, Pod, PodSpec, Protocol, Result, Subnet, VM_IP,
-    VipSpec, XdpMode, agent::READY,
+    Agent, Error, GATEWAY_MAC, Lab, LabBuilder, Node, Pod, PodSpec, Protocol, Result, Subnet, VM_IP, VipSpec,
+    XdpMode,
 };
 
 /// What the ELB answers for, with `b` behind it.
@@ -29,15 +29,6 @@ pub(super) fn lab(id: &str) -> LabBuilder {
 
 /// The backend's ports are so much higher than the ELB's.
 fn lab_with_ports(id: &str, higher: u16) -> LabBuilder {
-    let pod = |name: &str, node: &str, ip, vlan| PodSpec {
-        namespace: "default".into(),
-        name: name.into(),
-        node: node.into(),
-        ip,
-        vlan,
-        eip: None,
-        nginx: false,
-    };
     let listener = |protocol| {
         move |port| VipSpec {
             ip: VIP,
@@ -53,16 +44,16 @@ fn lab_with_ports(id: &str, higher: u16) -> LabBuilder {
     let builder = Lab::builder(id)
         .node("node-1", [10, 1, 0, 11], [10, 1, 16, 11])
         .node("node-2", [10, 1, 0, 12], [10, 1, 16, 12])
-        .pod_spec(pod("a", "node-1", A, 101))
-        .pod_spec(pod("b", "node-1", B, 102))
-        .pod_spec(pod("c", "node-2", C, 101))
+        .pod_spec(PodSpec::bare("a", "node-1", A, 101))
+        .pod_spec(PodSpec::bare("b", "node-1", B, 102))
+        .pod_spec(PodSpec::bare("c", "node-2", C, 101))
         .vm(CLIENT, VM_IP.octets())
         .flow_log(false);
     tcp.chain(udp).fold(builder, LabBuilder::vip)
 }
 
 /// From pod `a` to another.
-fn to_pod(lab: &Lab, server: &str) -> Result<Pair> {
+pub(super) fn to_pod(lab: &Lab, server: &str) -> Result<Pair> {
     let (client, server) = (lab.pod("a")?, lab.pod(server)?);
     Ok(Pair { client: client.netns.clone(), server: server.netns.clone(), to: server.ip })
 }
@@ -73,7 +64,7 @@ fn by_elb(lab: &Lab, server: &str) -> Result<Pair> {
     Ok(Pair { client: client.netns.clone(), server: server.netns.clone(), to: VIP })
 }
 
-/// The ways of a place in a lab where all pods are wired; `None` for the places that are not of the VPC.
+/// The way of a place in a lab where all pods are wired; `None` for the places that are not of the VPC.
 pub(super) fn pair(lab: &Lab, place: Place) -> Result<Option<Pair>> {
     Ok(Some(match place {
         Place::SameNode | Place::PodsLocal | Place::FlowsLocal => to_pod(lab, "b")?,
@@ -123,23 +114,12 @@ pub(super) fn with_agents(id: &str, fast_path: bool, xdp: XdpMode) -> Result<Lab
 }
 
 /// The agent's default, `fast_path = "security-groups"`, with one group for all pods, whose rules make this of every pair.
-/// Only the agent knows of it: the fabric judges nothing, so that it costs the same under every system.
 pub(super) fn give_groups(agent: &Agent, rules: &Value, verdict: &str) -> Result<()> {
-    agent.change(|document| {
-        document["security_groups"] = json!([{ "id": "sg-bench", "rules": rules }]);
-        for pod in document["pods"].as_array_mut().into_iter().flatten() {
-            pod["fast_path"] = json!("security-groups");
-            pod["security_groups"] = json!(["sg-bench"]);
-        }
-    })?;
-    let revision = agent.document()?["revision"].clone();
-    agent.wait_status("the security groups", READY, |status| status["revision"] == revision)?;
-    let told = agent.cli(&["policy", "--json"])?;
-    let policy: Value =
-        serde_json::from_str(&told).map_err(|error| Error::Protocol(format!("`eniway policy`: {error}")))?;
+    agent.judge_all("sg-bench", rules)?;
+    let policy = agent.cli_json(&["policy"])?;
     let pairs = policy["pairs"].as_array().map(Vec::as_slice).unwrap_or_default();
     if pairs.iter().any(|pair| pair["verdict"] != verdict) {
-        return Err(Error::Protocol(format!("a pair of pods that is not {verdict}: {told}")));
+        return Err(Error::Protocol(format!("a pair of pods that is not {verdict}: {policy}")));
     }
     Ok(())
 }
@@ -181,11 +161,7 @@ pub(super) fn bare() -> Result<System> {
     for (at, ((name, ip), pod)) in PODS.into_iter().zip(&small.pods).enumerate() {
         let (peer, peer_ip) = PODS[1 - at];
         programs.push(floor::attach(node, name, "floor_peer", index(node, peer)?, 0)?);
-        pod.netns().ip_batch(&format!(
-            "addr add {ip}/32 dev eth0\nlink set dev eth0 up\n\
-             neigh add {peer_ip} lladdr {} dev eth0\nroute add {peer_ip} dev eth0\n",
-            Mac::of(peer_ip)
-        ))?;
+        meet(pod.netns(), ip, peer_ip)?;
     }
     let lab = lab("bench-floor").build()?;
     for pod in ["a", "c"].map(|name| lab.pod(name)) {

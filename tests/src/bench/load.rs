@@ -10,9 +10,9 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::lab::{Error, Result};
+use crate::lab::{Error, Netns, Result};
 
-use super::{Pair, feed::Feed, flows::Flows};
+use super::{feed::Feed, flows::Flows};
 
 const LISTEN: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 /// Answers byte by byte.
@@ -129,21 +129,32 @@ impl Limit {
     }
 }
 
-/// Starts all servers in the pair's second namespace, for as long as the process lives.
+/// Gives a client ports for all its connections. Those that have ended hold theirs for a minute, but on loopback only for a second:
+/// with the default range they run out, and the search for a free one is all that [`Load::TcpCrr`] would measure then.
 ///
 /// # Errors
 ///
-/// When a port is taken, or a namespace is gone.
-pub fn serve(pair: &Pair) -> Result<()> {
-    // Connections that have ended hold their ports for a minute, but on loopback only for a second. With the default range
-    // they run out, and the search for a free one is all that [`Load::TcpCrr`] would measure then.
-    pair.client.sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
-    pair.client.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
-    let bind = |port| TcpListener::bind((LISTEN, port));
-    let sockets =
-        || io::Result::Ok((bind(ECHO)?, bind(ONCE)?, bind(SINK)?, UdpSocket::bind((LISTEN, DATAGRAMS))?));
-    let (echo, once, sink, datagrams) =
-        pair.server.run(sockets)?.map_err(Error::io(format!("servers in {}", pair.server)))?;
+/// When the namespace is gone.
+pub fn widen_ports(client: &Netns) -> Result<()> {
+    client.sysctl("net/ipv4/ip_local_port_range", "1024 65535")?;
+    client.sysctl("net/ipv4/tcp_tw_reuse", "1")
+}
+
+/// Starts all servers in a namespace, for as long as the process lives.
+///
+/// # Errors
+///
+/// When a port is taken, or the namespace is gone.
+pub fn serve(netns: &Netns) -> Result<()> {
+    let tcp = |port| TcpListener::bind((LISTEN, port));
+    let udp = |port| UdpSocket::bind((LISTEN, port));
+    let sockets = || {
+        let [first, second] = ECHO_DATAGRAMS;
+        let echoes = [udp(first)?, udp(second)?];
+        io::Result::Ok((tcp(ECHO)?, tcp(ONCE)?, tcp(SINK)?, udp(DATAGRAMS)?, echoes))
+    };
+    let (echo, once, sink, datagrams, echoes) =
+        netns.run(sockets)?.map_err(Error::io(format!("servers in {netns}")))?;
     // A server that fails ends its connection, and the client says so.
     thread::spawn(move || {
         for mut stream in echo.incoming().map_while(io::Result::ok) {
@@ -179,13 +190,7 @@ pub fn serve(pair: &Pair) -> Result<()> {
             }
         }
     });
-    let bind = |port| UdpSocket::bind((LISTEN, port));
-    let [first, second] = ECHO_DATAGRAMS;
-    let sockets = pair
-        .server
-        .run(|| io::Result::Ok([bind(first)?, bind(second)?]))?
-        .map_err(Error::io(format!("servers in {}", pair.server)))?;
-    thread::spawn(move || echo_all(&sockets));
+    thread::spawn(move || echo_all(&echoes));
     Ok(())
 }
 

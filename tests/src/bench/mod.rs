@@ -141,12 +141,15 @@ fn build(engine: Engine, group: Group, kinds: &[Kind]) -> Result<Vec<(Kind, Syst
             Err(error) => return Err(error),
         };
         eprintln!("{} stands", kind.name());
+        // Ways of one system may share a server.
+        let mut served = Vec::new();
         for way in &system.ways {
             let (Ends::Pair(pair) | Ends::Flows(pair, _)) = &way.ends else { continue };
-            // Pairs of one system may share a server.
-            match load::serve(pair) {
-                Err(error) if !error.to_string().contains("in use") => return Err(error),
-                _ => {}
+            let Pair { client, server, .. } = pair;
+            load::widen_ports(client)?;
+            if !served.contains(&server) {
+                load::serve(server)?;
+                served.push(server);
             }
         }
         systems.push((*kind, system));

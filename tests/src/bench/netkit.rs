@@ -1,7 +1,7 @@
 //! Pods on netkit instead of veth: a pair of devices that runs a BPF program as a pod sends, in the pod's own context, so
 //! that nothing waits in a queue of the node. Kernel 6.7 and later; neither iproute2 of Debian 12 nor aya knows it.
 
-use std::{fs::File, os::fd::OwnedFd};
+use std::{io, os::fd::OwnedFd};
 
 use aya::Ebpf;
 use datapath_common::abi::Endpoint;
@@ -10,12 +10,13 @@ use datapath_user::{
     object::{self, Constants, program},
     tables::{Maps, Tables},
 };
+use rtnetlink::{LinkNetkit, packet_route::link::NetkitMode};
 
 use super::{
-    Pair, Place, floor, labs, sys,
-    system::{HOST_MAC, PODS, Small, System, Way, index},
+    Place, floor, labs, sys,
+    system::{HOST_MAC, PODS, Small, System, Way, index, meet},
 };
-use crate::lab::{Error, GATEWAY_MAC, Lab, Mac, Netns, Node, Pod, Result, Subnet};
+use crate::lab::{Error, GATEWAY_MAC, Mac, Netns, Node, Pod, Result, Subnet};
 
 /// Both of [`floor`]'s paths, on netkit: `bpf_redirect` to a pod's host side, for `bpf_redirect_peer` is for tc ingress only.
 pub(super) fn bare() -> Result<System> {
@@ -28,11 +29,7 @@ pub(super) fn bare() -> Result<System> {
     for (at, ((name, ip), pod)) in PODS.into_iter().zip(&small.pods).enumerate() {
         let (peer, peer_ip) = PODS[1 - at];
         held.push(attach_floor(node, name, "floor_to", index(node, peer)?, 0)?);
-        pod.netns().ip_batch(&format!(
-            "addr add {ip}/32 dev eth0\nlink set dev eth0 up\n\
-             neigh add {peer_ip} lladdr {} dev eth0\nroute add {peer_ip} dev eth0\n",
-            Mac::of(peer_ip)
-        ))?;
+        meet(pod.netns(), ip, peer_ip)?;
     }
     let lab = labs::lab("bench-netkit").build()?;
     let mut inbound = Vec::new();
@@ -44,7 +41,7 @@ pub(super) fn bare() -> Result<System> {
         held.push(attach_floor(node, "pod", "floor_wire", index(node, "eth1")?, pod.vlan)?);
         inbound.push(floor::attach(node, "eth1", "floor_pod", index(node, "pod")?, 0)?);
     }
-    let cross = cross_node(&lab)?;
+    let cross = Way::pair(Place::CrossNode, labs::to_pod(&lab, "c")?);
     let mut system = small.system((held, inbound, lab));
     system.ways.push(cross);
     Ok(system)
@@ -62,13 +59,8 @@ pub(super) fn eniway() -> Result<System> {
         labs::address(pod)?;
         held.push(programs(node, pod)?);
     }
-    Ok(System { ways: vec![cross_node(&lab)?], hold: Box::new((held, lab)) })
-}
-
-fn cross_node(lab: &Lab) -> Result<Way> {
-    let (client, server) = (lab.pod("a")?, lab.pod("c")?);
-    let pair = Pair { client: client.netns.clone(), server: server.netns.clone(), to: server.ip };
-    Ok(Way::pair(Place::CrossNode, pair))
+    let cross = Way::pair(Place::CrossNode, labs::to_pod(&lab, "c")?);
+    Ok(System { ways: vec![cross], hold: Box::new((held, lab)) })
 }
 
 fn programs(node: &Netns, pod: &Pod) -> Result<(Ebpf, OwnedFd)> {
@@ -120,9 +112,23 @@ fn attach_floor(
 /// A pair of devices: `name` on the node, up, and `eth0` in the pod.
 fn pair(node: &Netns, name: &str, pod: &Netns, mac: Mac) -> Result<()> {
     let what = || format!("netkit {name} of {node} (kernel 6.7 and later, CONFIG_NETKIT)");
-    let pod_file = File::open(pod.path()).map_err(Error::io(format!("namespace {pod}")))?;
-    node.run(|| sys::create_netkit(name, "eth0", &pod_file))?.map_err(Error::io(what()))?;
+    let peer = format!("{name}-pod");
+    node.run(|| create(name, &peer))?.map_err(Error::io(what()))?;
     // The kernel takes no addresses with the request.
-    node.ip_batch(&format!("link set dev {name} address {HOST_MAC} up\n"))?;
+    node.ip_batch(&format!(
+        "link set dev {name} address {HOST_MAC} up\nlink set dev {peer} netns {} name eth0\n",
+        pod.name()
+    ))?;
     pod.ip_batch(&format!("link set dev eth0 address {mac}\n"))
+}
+
+/// A pair of devices in the thread's namespace.
+fn create(name: &str, peer: &str) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        let pair = LinkNetkit::new(name, peer, NetkitMode::L2).build();
+        handle.link().add(pair).execute().await.map_err(io::Error::other)
+    })
 }

@@ -5,7 +5,7 @@ use std::{any::Any, fmt::Write as _, io::Write as _, net::Ipv4Addr, process::Std
 use nix::net::if_::if_nametoindex;
 
 use super::{Pair, Place, attack, case::Group, feed, labs, load::Load, netkit, scale, unchecked};
-use crate::lab::{Error, Mac, Netns, NetnsGuard, Result, XdpMode, netns};
+use crate::lab::{Error, Mac, Netns, NetnsGuard, Result, XdpMode};
 
 /// One of the systems.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -238,12 +238,8 @@ pub(super) struct Small {
 
 impl Small {
     pub(super) fn new(name: &str) -> Result<Self> {
-        let make = |member: &str| {
-            let netns = Netns::named(format!("ewb-{name}-{member}"));
-            // Of a run that was killed: another that lives would hold the lock.
-            netns::remove(&netns)?;
-            NetnsGuard::create(netns.name())
-        };
+        // Nobody else has these: another run that lives would hold the lock.
+        let make = |member: &str| NetnsGuard::renew(format!("ewb-{name}-{member}"));
         Ok(Self { node: make("node")?, pods: [make("a")?, make("b")?] })
     }
 
@@ -262,6 +258,15 @@ impl Small {
     }
 }
 
+/// Address of a pod that knows one other, with its MAC, and nobody else.
+pub(super) fn meet(pod: &Netns, ip: Ipv4Addr, peer: Ipv4Addr) -> Result<()> {
+    pod.ip_batch(&format!(
+        "addr add {ip}/32 dev eth0\nlink set dev eth0 up\n\
+         neigh add {peer} lladdr {} dev eth0\nroute add {peer} dev eth0\n",
+        Mac::of(peer)
+    ))
+}
+
 pub(super) fn veth(node: &Netns, name: &str, pod: &Netns, mac: Mac) -> Result<()> {
     node.ip_batch(&format!(
         "link add name {name} address {HOST_MAC} type veth peer name eth0 address {mac} netns {}\n\
@@ -271,9 +276,7 @@ pub(super) fn veth(node: &Netns, name: &str, pod: &Netns, mac: Mac) -> Result<()
 }
 
 fn loopback() -> Result<System> {
-    let name = "ewb-loopback";
-    netns::remove(&Netns::named(name))?;
-    let guard = NetnsGuard::create(name)?;
+    let guard = NetnsGuard::renew("ewb-loopback")?;
     let netns = guard.netns().clone();
     let pair = Pair { client: netns.clone(), server: netns, to: Ipv4Addr::LOCALHOST };
     Ok(System { ways: vec![Way::pair(Place::SameNode, pair)], hold: Box::new(guard) })

@@ -20,7 +20,7 @@ struct Options {
     /// Only these systems.
     #[arg(long, value_delimiter = ',')]
     systems: Vec<String>,
-    /// Rounds of each case, in place of 15 counted ones, or 31 (streams 15) by the clock: fewer for a look.
+    /// Rounds of each case, in place of 15 counted ones, or 31 by the clock: fewer for a look.
     #[arg(long, value_name = "N")]
     rounds: Option<NonZeroUsize>,
     /// Write all figures as JSON.
