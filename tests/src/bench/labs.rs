@@ -100,15 +100,8 @@ pub(super) fn with_agents(id: &str, fast_path: bool, xdp: XdpMode) -> Result<Lab
     let lab = lab(id).fast_path(fast_path).xdp(xdp).build()?;
     lab.start_agents()?;
     if fast_path {
-        for node in lab.nodes() {
-            let agent = lab.agent(&node.name)?;
-            give_groups(
-                agent,
-                &json!([
-                { "direction": "ingress", "action": "allow" }, { "direction": "egress", "action": "allow" } ]),
-                "open",
-            )?;
-        }
+        let all = ["ingress", "egress"].map(|way| json!({ "direction": way, "action": "allow" }));
+        lab.agents().iter().try_for_each(|agent| give_groups(agent, &json!(all), "open"))?;
     }
     Ok(lab)
 }
