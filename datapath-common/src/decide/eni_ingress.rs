@@ -107,7 +107,7 @@ fn plain_for<'t, const TAG: usize, T: Tables, F: Frame + ?Sized>(
     };
     let packet = plain::parse::<TAG, _>(frame)?;
     if T::CHECKED {
-        let mac = plain::Mac::dst(frame)?;
+        let mac = plain::DstMac::of(frame)?;
         // Refused at once: what a flood is made of is not read twice.
         if !mac.is(&pod.wire_mac) {
             return if mac.is_group() { None } else { Some(Decision::new(Outcome::WrongMac, pod)) };

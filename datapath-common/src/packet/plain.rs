@@ -91,24 +91,25 @@ pub struct Packet {
     pub proto: u8,
 }
 
+/// A source MAC: of bytes, for words cost the program of a pod more registers than they save.
 #[inline(always)]
 const fn mac(start: u32, end: u16) -> [u8; 6] {
     let ([a, b, c, d], [e, f]) = (start.to_ne_bytes(), end.to_ne_bytes());
     [a, b, c, d, e, f]
 }
 
-/// A MAC in the two words that it is compared by. Of six bytes LLVM makes one number, and shifts and masks both sides of each
-/// comparison.
+/// A destination MAC, in the two words that it is compared by. Of six bytes LLVM makes one number, and shifts and masks both
+/// sides of each comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mac {
+pub struct DstMac {
     start: u32,
     end: u16,
 }
 
-impl Mac {
-    /// The destination MAC of a frame; `None` where it ends before.
+impl DstMac {
+    /// That of a frame; `None` where it ends before.
     #[inline(always)]
-    pub fn dst<F: Frame + ?Sized>(frame: &F) -> Option<Self> {
+    pub fn of<F: Frame + ?Sized>(frame: &F) -> Option<Self> {
         let macs: Macs = frame.load(0)?;
         Some(Self { start: macs.dst, end: macs.dst_end })
     }

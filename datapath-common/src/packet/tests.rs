@@ -293,7 +293,7 @@ proptest! {
             let macs: Option<[[u8; 6]; 2]> = frame.load(0);
             let [dst, src] = macs.unwrap();
             prop_assert!(tagged || plain.src_mac == src);
-            prop_assert!(plain::Mac::dst(frame).is_some_and(|mac| mac.is(&dst) && mac.is_group() == (dst[0] & 1 != 0)));
+            prop_assert!(plain::DstMac::of(frame).is_some_and(|mac| mac.is(&dst) && mac.is_group() == (dst[0] & 1 != 0)));
         } else if let Some(ip) = parsed {
             prop_assert!(ip.header_len != 20 || ip.part != Part::Whole || ![6, 17].contains(&ip.proto), "{:?}", ip);
         }
