@@ -191,8 +191,16 @@ impl Skb {
     /// Sets both MACs, as [`Skb::store_by_call`] does.
     #[inline(always)]
     pub fn set_macs_by_call(&self, dst: [u8; 6], src: [u8; 6]) -> Option<()> {
+        // Put together in registers: of twelve bytes on the stack each is written by itself.
+        let half = |a, b| u64::from(u16::from_ne_bytes([a, b]));
         let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (dst, src);
-        self.store_by_call(DST_MAC, &[a, b, c, d, e, f, g, h, i, j, k, l])
+        let first = u64::from(word(a, b, c, d)) | half(e, f) << 32 | half(g, h) << 48;
+        let macs = [first, half(i, j) | half(k, l) << 16];
+        // SAFETY: the first pointer is the hook's argument, the other is to 16 bytes, of which the first 12 are the MACs: the
+        // programs are built for little-endian machines.
+        let result =
+            unsafe { bpf_skb_store_bytes(self.0, DST_MAC as u32, macs.as_ptr().cast(), MACS as u32, 0) };
+        (result == 0).then_some(())
     }
 
     /// Takes the tag off.

@@ -150,6 +150,13 @@ extern "C" fn limit_charge(id: u32, bytes: u32, how: u32) -> u64 {
     limit::charge(&Kernel, id, bytes, how)
 }
 
+/// A flow's key in words, as the key that it is.
+#[inline(always)]
+fn of_words(words: &[u32; 4]) -> &FlowKey {
+    // SAFETY: `FlowKey` is #[repr(C)], as long and aligned as the words, and without padding.
+    unsafe { &*words.as_ptr().cast() }
+}
+
 impl Tables for Kernel {
     type Spent = shared::Word;
     const CHECKED: bool = cfg!(not(feature = "unchecked"));
@@ -217,7 +224,7 @@ impl Tables for Kernel {
     fn flow(&self, key: &FlowKey) -> Option<&Flow> {
         // SAFETY: the memory stays mapped for the program's run. The kernel may reuse an LRU entry while it is read (it
         // does not wait for readers of preallocated entries): at worst this packet takes some other flow's door.
-        unsafe { FLOWS.get(key) }
+        unsafe { FLOWS.get(of_words(&key.words())) }
     }
 
     #[inline(always)]
@@ -236,12 +243,12 @@ impl Tables for Kernel {
     #[inline(always)]
     fn remember(&self, key: &FlowKey, flow: &Flow) {
         mark(&FLOW_MARK, key.id);
-        let _ = FLOWS.insert(key, flow, 0);
+        let _ = FLOWS.insert(of_words(&key.words()), flow, 0);
     }
 
     #[inline(always)]
     fn forget(&self, key: &FlowKey) {
-        let _ = FLOWS.remove(key);
+        let _ = FLOWS.remove(of_words(&key.words()));
     }
 
     #[inline(always)]

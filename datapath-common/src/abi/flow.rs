@@ -82,6 +82,23 @@ const _: () = {
     assert!(offset_of!(FlowKey, proto) == 12);
 };
 
+impl FlowKey {
+    /// The key as the words that it is in memory. Written to memory field by field, LLVM calls a loop for the padding, and
+    /// the kernel, which hashes words, has to wait for the bytes of one.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        let ([a, b], [c, d]) = (self.remote_port.to_ne_bytes(), self.local_port.to_ne_bytes());
+        let ports = u32::from_ne_bytes([a, b, c, d]);
+        let remote = u32::from_ne_bytes(self.remote);
+        let proto = u32::from_ne_bytes([self.proto, 0, 0, 0]);
+        if cfg!(feature = "next-abi") {
+            [proto, self.id, remote, ports]
+        } else {
+            [self.id, remote, ports, proto]
+        }
+    }
+}
+
 /// Value of map `FLOWS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,5 +177,25 @@ impl Fragment {
             Some(Door::Local) if self.epoch != epoch => Some(Door::Wire),
             door => door,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_its_words() {
+        let key = FlowKey {
+            id: 0x0102_0304,
+            remote: [5, 6, 7, 8],
+            remote_port: 0x090a,
+            local_port: 0x0b0c,
+            proto: 6,
+            pad: [0; 3],
+        };
+        // SAFETY: as long as each other, without padding.
+        let bytes: [u32; 4] = unsafe { core::mem::transmute(key) };
+        assert_eq!(key.words(), bytes);
     }
 }
